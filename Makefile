@@ -1,0 +1,40 @@
+# Every habit of this repository is a line here. `make` alone lists them.
+PYTHON ?= python3
+NB ?= $(sort $(wildcard nbs/*.ipynb))
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint export notebooks clean
+
+help: ## list what make can do
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
+
+install: .venv/installed ## create .venv with the pinned versions; nothing happens where it is up to date
+
+.venv/installed: settings.ini setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install ## train on real digits and write samples: a minute or two on two CPU cores
+	$(BIN)/python -m ddpm_lit demo $(ARGS)
+
+test: lint ## lint, the tests in tests/, then every notebook run again and compared with what it shows
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval nbs/
+
+lint: install ## check the style of the notebooks and of the code
+	$(BIN)/ruff check
+
+export: install ## write ddpm_lit/ from the cells of nbs/ that are marked `#| export`
+	$(BIN)/nbdev_export
+
+notebooks: export ## run the chapters again and store what they show; NB=nbs/02_forward.ipynb for one
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False $(NB)
+	$(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.language_info cell.metadata.lines_to_next_cell" $(NB)
+
+clean: ## remove builds and caches; .venv and what was trained stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.ipynb_checkpoints
+	find ddpm_lit tests -name __pycache__ -prune -exec rm -rf {} +

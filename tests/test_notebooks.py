@@ -1,0 +1,181 @@
+"""The notebooks are whole, and the library is what they export.
+
+`pytest --nbval nbs/` compares stored outputs with a fresh run. What it cannot see is tested here: that all cells were
+run, from top to bottom, without an error or a warning; that the files are small and carry nothing of the machine they
+were run on; that `ddpm_lit/` has not been edited by hand.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+BY_HAND = {"__init__.py", "__main__.py"}
+IGNORED = re.compile(r"^\s*#\s*(NBVAL_IGNORE_OUTPUT|NBVAL_SKIP|PYTEST_VALIDATE_IGNORE_OUTPUT)", re.M)
+IGNORED_TAGS = {"nbval-ignore-output", "nbval-skip"}
+MACHINE = re.compile(r"/(home|root|tmp|work|Users)/\w")
+
+
+def tags(cell) -> set[str]:
+    return set(cell.metadata.get("tags", []))
+
+
+def said(cell) -> str:
+    "All text that a code cell shows."
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+    return "\n".join(texts)
+
+
+def faults(path: Path) -> list[str]:
+    "Every rule of the book that the notebook breaks."
+    nb = nbformat.read(path, 4)
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    exported = [cell.source for cell in code if re.search(r"^#\|\s*exporti?\b", cell.source, re.M)]
+    ignored = [cell for cell in code if IGNORED.search(cell.source) or tags(cell) & IGNORED_TAGS]
+    number = int(path.name[:2])
+    found = []
+
+    def rule(holds, fault: str) -> None:
+        if not holds:
+            found.append(fault)
+
+    rule(path.stat().st_size <= 1.5e6, f"has {path.stat().st_size:,} bytes, more than 1.5 MB")
+    rule([c.execution_count for c in code] == [*range(1, len(code) + 1)], "has cells not run, or not from the top")
+    for cell in code:
+        head = cell.source.strip().split("\n")[0]
+        for output in cell.outputs:
+            wanted = "raises-exception" in tags(cell)
+            rule(output.output_type != "error" or wanted, f"ends in an error: {head}")
+            rule(output.get("name") != "stderr", f"writes to stderr: {head}")
+        rule(not MACHINE.search(said(cell)), f"shows a path of the machine it ran on: {head}")
+        rule(not re.search(r"\bnbdev_export\(", cell.source), f"exports itself: {head}")
+        rule(set(cell.metadata) <= {"tags", "lines_to_next_cell"}, f"has metadata {', '.join(cell.metadata)}: {head}")
+    for source in exported:
+        lines = [line for line in source.split("\n") if not line.startswith("#|")]
+        rule(len(lines) <= 60, f"exports {len(lines)} lines in one cell, more than 60: {lines[0]}")
+    rule(set(nb.metadata) == {"kernelspec"}, f"has metadata {', '.join(sorted(nb.metadata))}")
+    rule(nb.metadata.get("kernelspec", {}).get("name") == "python3", "does not ask for the kernel python3")
+    rule(len(ignored) <= len(code) / 10, f"hides {len(ignored)} of {len(code)} cells from nbval, more than a tenth")
+    names = re.findall(r"^#\|\s*default_exp\s+(\w+)\s*$", "\n".join(c.source for c in code), re.M)
+    rule(len(names) == 1 or number >= 20, f"must name one module in `#| default_exp`, names {len(names)}")
+    checks = [cell for cell in code if re.search(r"^\s*rejects\(", cell.source, re.M)]
+    rule(checks or not exported or number > 6, "exports formulas and refuses no wrong one by `rejects`")
+    title = nb.cells[0].source.split("\n") if nb.cells[0].cell_type == "markdown" else [""]
+    rule(title[0].startswith("# "), "does not begin with its title")
+    rule(any(line.startswith("> ") for line in title), "promises nothing: the title has no `> ` line")
+    return found
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_keeps_the_rules(path):
+    assert faults(path) == []
+
+
+def test_there_are_chapters_and_their_numbers_differ():
+    assert len(CHAPTERS) >= 11
+    assert len({path.name[:2] for path in CHAPTERS}) == len(CHAPTERS)
+    assert all(re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem) for path in CHAPTERS)
+
+
+# The rules themselves: each of them refuses the notebook that breaks it, and only that.
+
+
+def sample() -> nbformat.NotebookNode:
+    "A chapter that keeps all rules."
+    sources = ["#| default_exp toy", "#| export\ndef f():\n    return 1", 'rejects("g", g)', "print(1)"]
+    code = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(sources)]
+    code[3].outputs = [nbformat.v4.new_output("stream", name="stdout", text="1\n")]
+    cells = [nbformat.v4.new_markdown_cell("# Toy\n\n> At the end you hold 1."), *code]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python"}})
+
+
+def error():
+    return nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
+
+
+def told(text):
+    return nbformat.v4.new_output("stream", name="stdout", text=text)
+
+
+BREAKS = {
+    "more than 1.5 MB": lambda nb: nb.cells[4].outputs.append(told("x" * 1_500_000)),
+    "not run": lambda nb: nb.cells[4].update(execution_count=None),
+    "not from the top": lambda nb: nb.cells[4].update(execution_count=3),
+    "ends in an error": lambda nb: nb.cells[4].outputs.append(error()),
+    "writes to stderr": lambda nb: nb.cells[4].outputs[0].update(name="stderr"),
+    "path of the machine": lambda nb: nb.cells[4].outputs.append(told("saved in /home/someone/x")),
+    "exports itself": lambda nb: nb.cells[4].update(source="import nbdev; nbdev.nbdev_export()"),
+    "has metadata execution": lambda nb: nb.cells[4].metadata.update(execution={"iopub": "2026"}),
+    "more than 60": lambda nb: nb.cells[2].update(source="#| export\n" + "x = 1\n" * 61),
+    "has metadata kernelspec, widgets": lambda nb: nb.metadata.update(widgets={}),
+    "kernel python3": lambda nb: nb.metadata.kernelspec.update(name="mine"),
+    "more than a tenth": lambda nb: nb.cells[4].update(source="# NBVAL_IGNORE_OUTPUT\nprint(1)"),
+    "1 of 4 cells from nbval": lambda nb: nb.cells[4].metadata.update(tags=["nbval-skip"]),
+    "names 0": lambda nb: nb.cells[1].update(source="x = 1"),
+    "names 2": lambda nb: nb.cells[4].update(source="#| default_exp other"),
+    "by `rejects`": lambda nb: nb.cells[3].update(source='identity("g", 1, 1)'),
+    "title": lambda nb: nb.cells.pop(0),
+    "promises nothing": lambda nb: nb.cells[0].update(source="# Toy"),
+}
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_broken_chapter_is_refused(fault, tmp_path):
+    path = tmp_path / "01_toy.ipynb"
+    nb = sample()
+    nbformat.write(nb, path)
+    assert faults(path) == []
+    BREAKS[fault](nb)
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    assert any(fault in text for text in faults(path)), faults(path)
+
+
+def test_an_error_on_purpose_is_allowed_where_it_is_marked(tmp_path):
+    path, nb = tmp_path / "01_toy.ipynb", sample()
+    nb.cells[4].outputs = [error()]
+    nb.cells[4].metadata.tags = ["raises-exception"]
+    nbformat.write(nb, path)
+    assert faults(path) == []
+
+
+# The library is what the notebooks export.
+
+
+def export(folder: Path) -> Path:
+    "Export the chapters into a copy of the project that holds nothing generated; returns the copy's library."
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "ddpm_lit").mkdir()
+    for name in BY_HAND:
+        shutil.copy(ROOT / "ddpm_lit" / name, folder / "ddpm_lit")
+    subprocess.run([sys.executable, "-c", "import nbdev; nbdev.nbdev_export()"], cwd=folder, check=True)
+    return folder / "ddpm_lit"
+
+
+def differences(library: Path, fresh: Path) -> list[str]:
+    "The files that are not byte for byte the same in both folders, or are in one only."
+    ours, theirs = ({p.name: p.read_bytes() for p in folder.glob("*.py")} for folder in (library, fresh))
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def test_the_library_is_what_the_notebooks_export(tmp_path):
+    fresh = export(tmp_path)
+    assert len(list(fresh.glob("*.py"))) > len(BY_HAND) + 2
+    assert differences(ROOT / "ddpm_lit", fresh) == []
+    assert {p.suffix for p in (ROOT / "ddpm_lit").iterdir() if p.name != "__pycache__"} == {".py"}
+
+    # The comparison sees an edit by hand, a module that no notebook exports, and one that is missing.
+    edited = tmp_path / "edited"
+    shutil.copytree(fresh, edited)
+    with open(edited / "forward.py", "a", encoding="utf-8") as file:
+        file.write("\n")
+    (edited / "stale.py").write_text("x = 1\n", encoding="utf-8")
+    (edited / "checks.py").unlink()
+    assert differences(edited, fresh) == ["checks.py", "forward.py", "stale.py"]

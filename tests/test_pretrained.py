@@ -1,0 +1,341 @@
+"""Saving and loading: the folders of diffusers in both directions, and every way in which a folder can be broken."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpm_lit import unet
+from ddpm_lit.ddpm import DDPM
+from ddpm_lit.forward import Schedule, linear_schedule
+from ddpm_lit.unet import PRESETS, UNet, load_ddpm, save_ddpm
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+TINY = dict(
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(s=None, predicts="eps", variance="beta_tilde", seed=0, **changes) -> DDPM:
+    "A small model with random values in all parameters."
+    if variance == "learned":
+        changes["out_channels"] = 2
+    draw = rng(seed)
+    net = UNet(**(TINY | changes), generator=draw)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return DDPM(net, s or linear_schedule(20), predicts, variance).eval()
+
+
+def noise(n=3):
+    return torch.randn(n, 1, 8, 8, generator=rng(9))
+
+
+def same(a: DDPM, b: DDPM) -> bool:
+    "Whether two models are the same one: schedule, words, configuration, and every weight, bit for bit."
+    x, y = a.net.state_dict(), b.net.state_dict()
+    return (
+        torch.equal(a.s.beta, b.s.beta)
+        and (a.predicts, a.variance, a.net.config) == (b.predicts, b.variance, b.net.config)
+        and x.keys() == y.keys()
+        and all(torch.equal(x[k], y[k]) for k in x)
+    )
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def reweigh(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def flatten(folder):
+    "The older published layout: everything in the folder itself."
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            shutil.move(file, folder / file.name)
+        (folder / part).rmdir()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde", "learned"])
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v", "mean"])
+def test_round_trip(tmp_path, predicts, variance):
+    m = tiny(predicts=predicts, variance=variance)
+    m.save_pretrained(tmp_path / "m")
+    back = DDPM.from_pretrained(tmp_path / "m")
+    assert same(m, back) and not back.training
+    assert all(p.requires_grad and p.dtype == torch.float32 and not p.is_meta for p in back.parameters())
+    with torch.no_grad():
+        for mine, theirs in zip(m.p_step(noise(), 7), back.p_step(noise(), 7), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_round_trip_of_any_schedule(tmp_path):
+    beta = 0.001 + 0.3 * torch.rand(20, dtype=torch.float64, generator=rng(1))
+    m = tiny(Schedule(beta))
+    m.save_pretrained(tmp_path / "m")
+    assert same(m, load_ddpm(tmp_path / "m"))
+    assert json.loads((tmp_path / "m/scheduler/scheduler_config.json").read_text())["trained_betas"] == beta.tolist()
+
+
+def test_the_linear_schedule_is_written_as_three_numbers(saved):
+    config = json.loads((saved / "scheduler/scheduler_config.json").read_text())
+    assert config["trained_betas"] is None and config["beta_schedule"] == "linear"
+    assert (config["num_train_timesteps"], config["beta_start"], config["beta_end"]) == (20, 1e-4, 0.02)
+
+
+def test_saving_again_replaces_the_model_and_leaves_other_files_alone(saved):
+    (saved / "samples.txt").write_text("mine")
+    (saved / "unet/notes.txt").write_text("mine too")
+    m = tiny(seed=1, variance="beta")
+    m.save_pretrained(saved)
+    assert same(m, load_ddpm(saved)) and not same(tiny(), load_ddpm(saved))
+    assert (saved / "samples.txt").read_text() == "mine" and (saved / "unet/notes.txt").read_text() == "mine too"
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+def test_folders_flat_and_nested_are_read_alike(saved):
+    nested = load_ddpm(saved)
+    flatten(saved)
+    assert same(nested, load_ddpm(saved)) and same(nested, load_ddpm(str(saved)))
+    (saved / "model_index.json").unlink()
+    assert same(nested, load_ddpm(saved))
+
+
+def test_attention_under_its_older_names_is_read(saved):
+    old, wanted = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}, load_ddpm(saved)
+
+    def rename(tensors):
+        for name in list(tensors):
+            for new, former in old.items():
+                if f".{new}." in name:
+                    tensors[name.replace(f".{new}.", f".{former}.")] = tensors.pop(name)
+
+    reweigh(saved, rename)
+    assert any(".proj_attn." in name for name in load_file(saved / WEIGHTS))
+    assert same(wanted, load_ddpm(saved))
+
+
+def test_half_precision_is_read_as_float32(saved):
+    reweigh(saved, lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))
+    assert {p.dtype for p in load_ddpm(saved).parameters()} == {torch.float32}
+
+
+# What diffusers makes of our folders, and we of its.
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    module = pytest.importorskip("diffusers")
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde", "learned"])
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+def test_diffusers_opens_our_folder_and_takes_the_same_steps(tmp_path, diffusers, predicts, variance):
+    m = tiny(predicts=predicts, variance=variance)
+    m.save_pretrained(tmp_path / "m")
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "m")
+    x = noise()
+    with torch.no_grad():
+        for t in (19, 7, 1, 0):
+            out = pipe.unet(x, t).sample
+            step = pipe.scheduler.step(out, t, x, generator=rng(t)).prev_sample
+            mean, var = m.p_step(x, t)
+            drawn = torch.randn(x.shape, generator=rng(t)) if t else torch.zeros_like(x)
+            # 1 - alpha_bar is about 1e-4 at first, where the float32 tables of diffusers keep four digits.
+            torch.testing.assert_close(step, mean + var.sqrt() * drawn, atol=1e-4, rtol=1e-4)
+
+
+def test_diffusers_samples_from_our_folder_what_we_sample(tmp_path, diffusers):
+    m = tiny()
+    m.save_pretrained(tmp_path / "m")
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "m")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(batch_size=2, num_inference_steps=20, generator=rng(4), output_type="np").images
+    draw = rng(4)
+    x = torch.randn(2, 1, 8, 8, generator=draw)
+    with torch.no_grad():
+        for t in range(19, -1, -1):
+            mean, var = m.p_step(x, t)
+            x = mean + var.sqrt() * torch.randn(x.shape, generator=draw) if t else mean
+    wanted = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(images), wanted, atol=1e-4, rtol=0)
+
+
+def test_diffusers_does_not_sample_silently_from_a_prediction_it_does_not_know(tmp_path, diffusers):
+    tiny(predicts="mean").save_pretrained(tmp_path / "m")
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="prediction_type given as mean"):
+        pipe.scheduler.step(noise(), 7, noise())
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+def test_we_open_the_folder_of_a_diffusers_pipeline(tmp_path, diffusers, layout):
+    model = diffusers.UNet2DModel(**TINY)
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=20, beta_schedule="linear", variance_type="fixed_large")
+    diffusers.DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(tmp_path)
+    if layout == "flat":
+        flatten(tmp_path)
+    m = load_ddpm(tmp_path)
+    assert (m.predicts, m.variance, m.s.T) == ("eps", "beta", 20)
+    torch.testing.assert_close(m.s.beta.float(), scheduler.betas, atol=1e-8, rtol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(m.net(noise(), 3), model.eval()(noise(), 3).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_we_open_a_folder_with_the_papers_cifar10_configuration(tmp_path, diffusers):
+    config = PRESETS["cifar10"] | dict(dropout=0.0)
+    model = diffusers.UNet2DModel(**config, center_input_sample=False, mid_block_scale_factor=1, act_fn="silu")
+    diffusers.DDPMPipeline(unet=model, scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    m = load_ddpm(tmp_path)
+    mine, theirs = m.net.state_dict(), model.state_dict()
+    assert sum(v.numel() for v in mine.values()) == 35_746_307
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+# What is refused, and how.
+
+
+def test_only_a_unet_can_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="m.net must be a UNet to be saved, got Conv2d"):
+        save_ddpm(DDPM(torch.nn.Conv2d(1, 1, 1), linear_schedule(20)), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"]
+)
+def test_a_missing_file_is_named(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(ValueError, match=file):
+        load_ddpm(saved)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_file_cut_short_is_named(saved, file, share):
+    content = (saved / file).read_bytes()
+    (saved / file).write_bytes(content[: int(share * (len(content) - 2))])
+    with pytest.raises(ValueError, match=f"{file} cannot be read"):
+        load_ddpm(saved)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda w: w.pop("conv_in.bias"), "conv_in.bias is missing"),
+        (lambda w: w.update(extra=torch.zeros(2)), "extra is not expected"),
+        (lambda w: w.update({"conv_in.bias": torch.zeros(9)}), r"conv_in.bias must be \(8,\), got \(9,\)"),
+        (lambda w: [w.pop(k) for k in list(w) if "down" in k], "is missing.*and [0-9]+ more"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(saved, change, named):
+    reweigh(saved, change)
+    with pytest.raises(ValueError, match=named):
+        load_ddpm(saved)
+
+
+@pytest.mark.parametrize(
+    "file, change, named",
+    [
+        ("scheduler/scheduler_config.json", dict(beta_schedule="sigmoid"), "beta_schedule='sigmoid' is not implement"),
+        ("scheduler/scheduler_config.json", dict(clip_sample=False), "clip_sample=False is not implemented"),
+        ("scheduler/scheduler_config.json", dict(thresholding=True), "thresholding=True is not implemented"),
+        ("scheduler/scheduler_config.json", dict(clip_sample_range=2.0), "clip_sample_range=2.0"),
+        ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True"),
+        ("scheduler/scheduler_config.json", dict(prediction_type="flow"), "prediction_type must be one of .*'flow'"),
+        ("scheduler/scheduler_config.json", dict(variance_type="learned"), "variance_type must be one of .*'learned'"),
+        ("scheduler/scheduler_config.json", dict(beta_end=1.5), r"beta_T must lie in \(0, 1\), got 1.5"),
+        ("unet/config.json", dict(act_fn="mish"), "act_fn='mish' is not implemented"),
+        ("unet/config.json", dict(brand_new=1), "UNet has no keyword brand_new"),
+        ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "must describe a UNet2DModel"),
+    ],
+)
+def test_a_field_that_is_not_implemented_is_named(saved, file, change, named):
+    edit(saved / file, **change)
+    with pytest.raises(ValueError, match=named):
+        load_ddpm(saved)
+
+
+@pytest.mark.parametrize("survivors", range(4))
+def test_a_save_that_is_cut_short_leaves_nothing_that_loads_as_a_mixture(saved, monkeypatch, survivors):
+    moves, replace = [], unet.os.replace
+
+    def dying(source, target):
+        if len(moves) == survivors:
+            raise KeyboardInterrupt
+        moves.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(unet.os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(seed=1, block_out_channels=(8, 32)).save_pretrained(saved)
+    with pytest.raises(ValueError, match="model_index.json is missing"):
+        load_ddpm(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_save_that_fails_while_writing_leaves_the_former_model_whole(saved, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        tiny(seed=1).save_pretrained(saved)
+    assert same(tiny(), load_ddpm(saved))
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_hub_id_downloads_only_what_is_read(saved, monkeypatch):
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked.update(name=name, files=set(allow_patterns))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert same(load_ddpm("google/ddpm-cifar10-32"), load_ddpm(saved))
+    read = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
+    assert asked["name"] == "google/ddpm-cifar10-32" and read <= asked["files"]
+    assert not any(name.endswith((".bin", ".msgpack")) or "*" in name for name in asked["files"])
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "no such thing", "a/b/c"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(source):
+    with pytest.raises(ValueError, match="is not a folder, and cannot be downloaded"):
+        load_ddpm(source)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ValueError, match="'google/ddpm-cifar10-32' is not a folder.*no connection"):
+        load_ddpm("google/ddpm-cifar10-32")

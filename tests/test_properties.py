@@ -1,0 +1,324 @@
+"""Laws that hold for every Gaussian and every schedule, tried on examples that hypothesis picks.
+
+Each law is reached by a second route (quadrature, precisions, torch.distributions, a composition of single steps),
+never by calling the same function twice. The examples are the same in every run.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm_lit import (
+    DDPM,
+    Gaussian,
+    Schedule,
+    bayes,
+    beta_tilde,
+    eps_from_x0,
+    linear_schedule,
+    mean_from_x0,
+    posterior_weights,
+    q_marginal,
+    q_posterior,
+    q_sample,
+    q_step,
+    simple_loss,
+    v_from_x0,
+    x0_from_eps,
+    x0_from_mean,
+    x0_from_v,
+)
+
+many = settings(derandomize=True, max_examples=200, deadline=None, database=None)
+
+numbers = st.floats(-5, 5, allow_nan=False).map(lambda v: round(v, 6))
+scales = st.one_of(st.floats(0.05, 4), st.floats(-4, -0.05))
+variances = st.floats(0.01, 10)
+vector = torch.tensor
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+gaussians = st.builds(lambda mean, var: Gaussian(scalar(mean), scalar(var)), numbers, variances)
+betas = st.lists(st.floats(1e-4, 0.6), min_size=2, max_size=12)
+schedules = betas.map(Schedule)
+
+
+@st.composite
+def at_a_step(draw, first=0):
+    "A schedule, one of its steps, and two images of float64 numbers."
+    s = draw(schedules)
+    t = draw(st.integers(first, s.T - 1))
+    pixels = st.lists(numbers, min_size=6, max_size=6)
+    x, y = (torch.tensor(draw(pixels), dtype=torch.float64).reshape(2, 1, 1, 3) for _ in range(2))
+    return s, t, x, y
+
+
+def close(lhs, rhs, rtol=1e-9, atol=1e-12):
+    lhs, rhs = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64) for x in (lhs, rhs)))
+    torch.testing.assert_close(lhs, rhs, rtol=rtol, atol=atol)
+
+
+def same_law(g, h, **tolerance):
+    close(g.mean, h.mean, **tolerance)
+    close(g.var, h.var, **tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- Gaussians
+
+
+@many
+@given(gaussians, numbers)
+def test_log_prob_and_entropy_are_those_of_torch(g, x):
+    theirs = torch.distributions.Normal(g.mean, g.var.sqrt())
+    close(g.log_prob(scalar(x)), theirs.log_prob(scalar(x)))
+    close(g.entropy(), theirs.entropy(), atol=1e-9)
+
+
+@many
+@given(gaussians, gaussians)
+def test_kl_is_that_of_torch_and_never_negative(g, h):
+    normal = torch.distributions.Normal
+    theirs = torch.distributions.kl_divergence(normal(g.mean, g.var.sqrt()), normal(h.mean, h.var.sqrt()))
+    close(g.kl(h), theirs, atol=1e-9)
+    assert g.kl(h) >= 0
+    assert g.kl(g) == 0
+
+
+@many
+@given(gaussians, st.floats(1e-3, 1), st.floats(1e-3, 1), st.booleans())
+def test_kl_is_zero_only_between_equal_laws(g, shift, factor, of_mean):
+    other = Gaussian(g.mean + shift, g.var) if of_mean else Gaussian(g.mean, g.var * (1 + factor))
+    assert g.kl(other) > 1e-9
+
+
+@many
+@given(gaussians, scales, numbers, variances, scales, numbers, variances)
+def test_two_affine_images_are_one(g, a, b, noise_1, c, d, noise_2):
+    in_turn = g.affine(a, b, noise_1).affine(c, d, noise_2)
+    same_law(in_turn, g.affine(c * a, c * b + d, c**2 * noise_1 + noise_2), atol=1e-9)
+
+
+@many
+@given(gaussians, scales, numbers, st.floats(0.05, 5), numbers)
+def test_affine_against_quadrature(g, a, b, noise_var, y):
+    "The density of the image is the integral of the noise's density over x."
+    x = g.mean + g.var.sqrt() * torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    noise = torch.distributions.Normal(a * x + b, noise_var**0.5)
+    integral = torch.trapezoid((g.log_prob(x) + noise.log_prob(scalar(y))).exp(), x)
+    close(g.affine(a, b, noise_var).log_prob(scalar(y)).exp(), integral, rtol=1e-6, atol=1e-9)
+
+
+@many
+@given(gaussians, numbers, scales, numbers, variances)
+def test_bayes_in_precisions(prior, y, scale, shift, noise_var):
+    "Precisions add, and the mean is their weighted mean."
+    precision = 1 / prior.var + scale**2 / noise_var
+    mean = (prior.mean / prior.var + scale * (y - shift) / noise_var) / precision
+    same_law(bayes(prior, y, scale, shift, noise_var), Gaussian(mean, 1 / precision), rtol=1e-8, atol=1e-9)
+
+
+@many
+@given(gaussians, gaussians, numbers, scales, numbers, variances)
+def test_bayes_is_the_ratio_of_the_joint_to_the_evidence(prior, at, y, scale, shift, noise_var):
+    x = at.mean
+    likelihood = torch.distributions.Normal(scale * x + shift, noise_var**0.5).log_prob(scalar(y))
+    evidence = prior.affine(scale, shift, noise_var).log_prob(scalar(y))
+    posterior = bayes(prior, y, scale, shift, noise_var)
+    close(posterior.log_prob(x), prior.log_prob(x) + likelihood - evidence, rtol=1e-7, atol=1e-7)
+
+
+@many
+@given(gaussians, numbers, scales, variances, numbers, scales, variances)
+def test_two_observations_in_either_order_or_at_once(prior, y, a, noise_a, z, c, noise_c):
+    one = bayes(bayes(prior, y, a, 0.0, noise_a), z, c, 0.0, noise_c)
+    other = bayes(bayes(prior, z, c, 0.0, noise_c), y, a, 0.0, noise_a)
+    same_law(one, other, rtol=1e-8, atol=1e-9)
+
+    # At once: x conditioned on both, by the inverse of their 2 by 2 covariance.
+    scale, noise = vector([a, c], dtype=torch.float64), torch.diag(vector([noise_a, noise_c], dtype=torch.float64))
+    gain = prior.var * scale @ torch.linalg.inv(prior.var * torch.outer(scale, scale) + noise)
+    mean = prior.mean + gain @ (vector([y, z], dtype=torch.float64) - scale * prior.mean)
+    same_law(one, Gaussian(mean, prior.var - gain @ scale * prior.var), rtol=1e-6, atol=1e-7)
+
+
+@many
+@given(numbers, numbers, scales, variances)
+def test_a_certain_prior_is_not_moved(mean, y, scale, noise_var):
+    certain = Gaussian(scalar(mean), scalar(0.0))
+    same_law(bayes(certain, y, scale, 0.0, noise_var), certain, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- schedules
+
+
+@many
+@given(betas)
+def test_the_tables_of_a_schedule(values):
+    s = Schedule(values)
+    running = 1.0
+    for t, beta in enumerate(values):
+        close(s.alpha_bar_prev[t], running)
+        running *= 1 - beta
+        close(s.alpha_bar[t], running)
+    assert (s.alpha_bar.diff() < 0).all() and 0 < s.alpha_bar[-1] and s.alpha_bar[0] < 1 and s.alpha_bar_prev[0] == 1
+    assert {x.dtype for x in (s.beta, s.alpha, s.alpha_bar, s.alpha_bar_prev)} == {torch.float64}
+
+
+@many
+@given(at_a_step())
+def test_the_marginal_is_the_composition_of_the_steps(case):
+    s, t, x0, _ = case
+    law = Gaussian(x0, torch.zeros_like(x0))
+    for step in range(t + 1):
+        law = law.affine(s.alpha[step].sqrt(), 0.0, s.beta[step])
+        same_law(q_step(s, x0, step), Gaussian(x0 * s.alpha[step].sqrt(), s.beta[step]))
+    same_law(law, q_marginal(s, x0, t))
+
+
+@many
+@given(at_a_step(first=1))
+def test_posterior_after_marginal_is_the_marginal_one_step_earlier(case):
+    s, t, x0, _ = case
+    of_x0, of_x_t = posterior_weights(s)
+    back = q_marginal(s, x0, t).affine(of_x_t[t], of_x0[t] * x0, beta_tilde(s)[t])
+    same_law(back, q_marginal(s, x0, t - 1))
+
+
+@many
+@given(at_a_step(first=1))
+def test_the_posterior_is_bayes_rule_of_marginal_and_step(case):
+    s, t, x0, x_t = case
+    by_bayes = bayes(q_marginal(s, x0, t - 1), x_t, s.alpha[t].sqrt(), 0.0, s.beta[t])
+    same_law(q_posterior(s, x0, x_t, t), by_bayes, rtol=1e-8, atol=1e-10)
+
+
+@many
+@given(at_a_step())
+def test_the_first_posterior_is_x0_itself(case):
+    s, _, x0, x_t = case
+    same_law(q_posterior(s, x0, x_t, 0), Gaussian(x0, torch.zeros_like(x0)), rtol=1e-12)
+
+
+@many
+@given(at_a_step())
+def test_predictions_convert_there_and_back(case):
+    s, t, x0, eps = case
+    x_t = q_sample(s, x0, t, eps)
+    root, noise = s.alpha_bar[t].sqrt(), (1 - s.alpha_bar[t]).sqrt()
+    # What each of them means, from its definition.
+    v = root * eps - noise * x0
+    mean = q_posterior(s, x0, x_t, t).mean
+    near = {"rtol": 1e-7, "atol": 1e-7}
+    close(eps_from_x0(s, x_t, t, x0), eps, **near)
+    close(v_from_x0(s, x_t, t, x0), v, **near)
+    close(mean_from_x0(s, x_t, t, x0), mean, **near)
+    for back, said in ((x0_from_eps, eps), (x0_from_v, v), (x0_from_mean, mean)):
+        close(back(s, x_t, t, said), x0, **near)
+
+
+@many
+@given(at_a_step(), st.sampled_from(["eps", "x0", "mean", "v"]))
+def test_every_prediction_gives_the_same_step(case, predicts):
+    s, t, x0, eps = case
+    x_t = q_sample(s, x0, t, eps)
+    reference = DDPM(lambda x, t: x0, s, predicts="x0")
+    truth = DDPM(None, s, predicts=predicts).target(x_t, t, x0)
+    same_law(
+        DDPM(lambda x, t: truth, s, predicts=predicts).p_step(x_t, t, clip=False),
+        reference.p_step(x_t, t, clip=False),
+        rtol=1e-7,
+        atol=1e-7,
+    )
+
+
+@many
+@given(schedules, st.data())
+def test_a_step_for_each_image_is_the_step_of_each_image(s, data):
+    steps = data.draw(st.lists(st.integers(0, s.T - 1), min_size=3, max_size=3))
+    x0, eps = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    together = q_sample(s, x0, torch.tensor(steps), eps)
+    for i, t in enumerate(steps):
+        assert torch.equal(together[i : i + 1], q_sample(s, x0[i : i + 1], t, eps[i : i + 1]))
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+@many
+@given(betas, st.one_of(st.floats(max_value=0.0), st.floats(min_value=1.0), st.just(float("nan"))), st.integers(0))
+def test_a_beta_outside_0_to_1_is_refused(values, wrong, place):
+    values.insert(place % (len(values) + 1), wrong)
+    with pytest.raises(ValueError, match=r"beta must lie in \(0, 1\)"):
+        Schedule(values)
+
+
+@many
+@given(st.integers(max_value=1))
+def test_fewer_than_two_steps_are_refused(T):
+    with pytest.raises(ValueError, match=f"T must be at least 2, got {T}"):
+        linear_schedule(T)
+
+
+@pytest.mark.parametrize("wrong", [[], [0.1], [[0.1, 0.2]], 0.1])
+def test_a_schedule_is_a_sequence_of_two_or_more(wrong):
+    with pytest.raises(ValueError, match="beta must be a sequence of T >= 2 numbers"):
+        Schedule(wrong)
+
+
+@pytest.mark.parametrize("name", ["beta_1", "beta_T"])
+@pytest.mark.parametrize("wrong", [0, 1, -0.1, 1.5, float("nan")])
+def test_the_ends_of_a_linear_schedule_lie_in_0_to_1(name, wrong):
+    with pytest.raises(ValueError, match=rf"{name} must lie in \(0, 1\), got {wrong}"):
+        linear_schedule(10, **{name: wrong})
+
+
+@many
+@given(schedules, st.one_of(st.integers(max_value=-1), st.integers(0)), st.booleans())
+def test_a_step_outside_the_schedule_is_refused(s, t, one_for_each):
+    t = t if t < 0 else s.T + t
+    t = max(min(t, 2**62), -(2**62))
+    x = torch.zeros(2, 1, 1, 1)
+    step = torch.tensor([0, t]) if one_for_each else t
+    for call in (q_step, q_marginal, lambda s, x, t: q_sample(s, x, t, x), lambda s, x, t: q_posterior(s, x, x, t)):
+        with pytest.raises(ValueError, match=f"t must lie in 0 … {s.T - 1}, got "):
+            call(s, x, step)
+
+
+@pytest.mark.parametrize("t", [torch.tensor([0, 1, 1]), torch.tensor([[0], [1]]), torch.tensor([0.0, 1.0]), 0.5])
+def test_a_t_that_does_not_fit_the_images_is_refused(t):
+    with pytest.raises(ValueError, match=r"t must be an integer or \(2,\) integers"):
+        q_marginal(linear_schedule(10), torch.zeros(2, 1, 1, 1), t)
+
+
+def test_images_of_whole_numbers_are_refused():
+    s, pixels = linear_schedule(10), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    for call in (
+        lambda: q_marginal(s, pixels, 1),
+        lambda: q_sample(s, pixels, 1, pixels),
+        lambda: simple_loss(DDPM(lambda x, t: x, s), pixels),
+    ):
+        with pytest.raises(ValueError, match=r"floating point in \[-1, 1\], got torch.uint8"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 1), (1, 1, 4, 4), (4, 4), ()])
+def test_noise_and_images_of_another_shape_are_refused(shape):
+    "Shapes that would broadcast, which is how such a mistake stays unseen."
+    s, x, other = linear_schedule(10), torch.zeros(2, 1, 4, 4), torch.zeros(shape)
+    with pytest.raises(ValueError, match="eps must be shaped like x0"):
+        q_sample(s, x, 1, other)
+    with pytest.raises(ValueError, match="x0 must be shaped like x_t"):
+        q_posterior(s, other, x, 1)
+    with pytest.raises(ValueError, match="net must return a tensor shaped like x_t"):
+        DDPM(lambda x, t: other, s).p_step(x, 1)
+
+
+@pytest.mark.parametrize("words", [{"predicts": "noise"}, {"variance": "fixed_small"}])
+def test_other_words_for_a_model_are_refused(words):
+    ((name, value),) = words.items()
+    with pytest.raises(ValueError, match=f"{name} must be one of .*; got '{value}'"):
+        DDPM(None, linear_schedule(10), **words)

@@ -1,0 +1,100 @@
+"""What the README promises is so: its ten lines run as written, its commands exist, its table lists the chapters."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import ddpm_lit
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    "The fenced blocks of one language."
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def recipe(target: str) -> list[str]:
+    "The commands of a target of the Makefile, with its own names for the environment's programs taken out."
+    (body,) = re.findall(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.M)
+    return [line.strip().replace("$(BIN)/python -m ", "").replace("$(BIN)/", "") for line in body.splitlines()]
+
+
+def test_the_ten_lines_run_as_written(tmp_path):
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    look = """
+assert samples.shape == (36, 1, 8, 8)
+assert again.s.T == 1000 and Path("digits-model/model_index.json").is_file()
+pixels = to_pixels(samples)
+lightness = [x.float().mean().item() / 255 for x in (digits.pixels, pixels)]
+assert abs(lightness[0] - lightness[1]) < 0.15, lightness  # noise has 0.5, the digits 0.3
+assert (pixels < 32).float().mean() > 0.2  # so much of it is the black around a digit; 0.1 of noise
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", f"from pathlib import Path\n{code}{look}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "digits-model"}
+
+
+def test_the_table_lists_exactly_the_chapters():
+    rows = re.findall(r"^\| \[(\w+)\]\(nbs/(\w+)\.ipynb\) \| `?(\w+|—)`? \| (.+) \|$", README, re.M)
+    chapters = sorted((ROOT / "nbs").glob("*.ipynb"))
+    assert [row[0] for row in rows] == [path.stem for path in chapters]
+    for (name, link, module, holds), path in zip(rows, chapters, strict=True):
+        assert name == link and len(holds) > 10
+        (exported,) = re.findall(r"#\| *default_exp (\w+)", path.read_text(encoding="utf-8")) or ["—"]
+        assert module == exported
+
+
+def test_every_command_exists():
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.M))
+    assert {"demo", "test"} <= set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert {"install", "notebooks", "test"} <= set(re.findall(r"\bmake ([a-z]+)", contributing)) <= targets
+    programs = {Path(command.split()[0]).name for command in re.findall(r"(\.venv/bin/\w+)", "\n".join(blocks("sh")))}
+    assert {"pip", "ruff", "pytest", "ddpm_lit"} <= programs
+    assert all((Path(sys.executable).parent / name).exists() for name in programs)
+    named = set(re.findall(r"`(?:ddpm_lit )?(demo|train|sample|evaluate)`", README)) | {"demo"}
+    usage = subprocess.run([sys.executable, "-m", "ddpm_lit", "--help"], capture_output=True, text=True).stdout
+    assert all(re.search(rf"\b{name}\b", usage) for name in named), usage
+
+
+def test_continuous_integration_runs_the_readmes_test_command():
+    ci = ROOT / ".ci" / "run"
+    commands = [line for line in ci.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] != "#"]
+    assert os.access(ci, os.X_OK)
+    assert commands == ["set -eu", 'cd "$(dirname "$0")/.."', "make test"]
+    assert any(line.startswith("make test ") for block in blocks("sh") for line in block.splitlines())
+
+
+def test_the_plain_lines_are_those_of_make():
+    (plain,) = (block for block in blocks("sh") if "-m venv" in block)
+    lines = [part.strip() for line in plain.splitlines() for part in line.replace(".venv/bin/", "").split("&&")]
+    assert lines[-3:] == recipe("lint") + recipe("test")
+    assert "-m venv .venv" in MAKEFILE and "-m ddpm_lit demo" in MAKEFILE and lines[2] == "ddpm_lit demo"
+    short = {"--constraint": "-c", "--editable": "-e"}
+    install = [short.get(word, word) for word in shlex.split(recipe(".venv/installed")[1])]
+    assert shlex.split(lines[1]) == install
+
+
+def test_what_is_linked_is_there():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+            assert (ROOT / link).is_file(), f"{name}: {link}"
+
+
+def test_the_version_is_in_the_changelog():
+    assert f"## {ddpm_lit.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_nothing_is_left_to_fill_in():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        assert not re.search(r"@[A-Z]+@|TODO|FIXME|XXX", (ROOT / name).read_text(encoding="utf-8")), name

@@ -1,0 +1,181 @@
+"""The annotations of the library hold: every public function and method runs once under a run-time checker.
+
+jaxtyping's import hook has to be in place before the library is imported, so this file is also a script that the test
+starts in a process of its own. The script records which functions were entered; one that was not is a failure, so that
+a new chapter cannot forget its line here.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from beartype import BeartypeConf, beartype
+
+# As for every static checker, 1 will do where a float is asked for.
+checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+# Needs the network, is slow, or is run whole by another test.
+NOT_CALLED = {"ddpm_lit.unet.download", "ddpm_lit.data.load_mnist5k", "ddpm_lit.cli.main"}
+
+
+def test_annotations_hold_under_a_run_time_checker():
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.splitlines()[-1].startswith("every annotation held")
+
+
+# ---------------------------------------------------------------------------------------------- the script
+
+
+def calls(folder: Path) -> None:
+    "Every public function of the library, called as a user would call it."
+    import matplotlib
+    import numpy as np
+    import sympy
+    import torch
+
+    import ddpm_lit as d
+
+    matplotlib.use("Agg")
+    torch.set_num_threads(1)
+    draw = d.rng(0)
+    s = d.linear_schedule(6)
+    x0 = torch.rand(2, 1, 8, 8, generator=draw) * 2 - 1
+    eps = torch.randn(2, 1, 8, 8, generator=draw)
+    t = torch.tensor([1, 5])
+
+    # 00 checks
+    d.symbolic("symbolic", sympy.Symbol("x") - sympy.Symbol("x"))
+    d.identity("identity", x0, x0)
+    d.expectation("expectation", torch.randn(1000, generator=draw), 0.0)
+    d.rejects("rejects", lambda: d.identity("no", 1.0, 2.0))
+    d.report("report", "said")
+
+    # 01 gaussian
+    g = d.Gaussian(x0, torch.ones(()))
+    g.log_prob(eps), g.entropy(), g.kl(g.affine(2.0, 1.0, 0.5)), g.sample(draw), g.sample()
+    d.bayes(g, eps, 2.0), d.randn((2, 3), x0, draw)
+
+    # 02 forward, 03 posterior: one step for all, and one for each; float32 and float64
+    d.Schedule(s.beta), d.Schedule([0.1, 0.2]), repr(s), s.T, s.to("cpu")
+    for step in (3, t):
+        for x, e in ((x0, eps), (x0.double(), eps.double())):
+            d.q_step(s, x, step), d.q_marginal(s, x, step), d.at(s.beta, step, x)
+            x_t = d.q_sample(s, x, step, e)
+            d.q_posterior(s, x, x_t, step), d.mean_from_x0(s, x_t, step, x), d.x0_from_mean(s, x_t, step, x)
+            d.x0_from_eps(s, x_t, step, e), d.eps_from_x0(s, x_t, step, x)
+            d.x0_from_v(s, x_t, step, e), d.v_from_x0(s, x_t, step, x)
+    d.beta_tilde(s), d.posterior_weights(s), d.first_step_patched(s)
+
+    # 04 reverse, 05 bound, 06 objective: every word that a model can be told
+    d.one_of("word", "a", ("a", "b"))
+    for predicts in d.PREDICTS:
+        for variance in d.VARIANCES:
+            copies = 2 if variance == "learned" else 1
+            m = d.DDPM(lambda x, t, n=copies: 0.1 * torch.cat([x] * n, dim=1), s, predicts, variance).to("cpu")
+            m.p_step(x0, 0), m.p_step(x0, t, clip=False), m.x0_hat(x0, t, x0), m.target(x0, t, eps)
+            d.simple_loss(m, x0, draw), d.simple_loss(m, x0[:, :, :4]), d.vlb_terms(m, x0, draw)
+    d.kl_term(m, x0, eps, 3), d.kl_term(m, x0, eps, t), d.decoder_term(m, x0, eps), d.prior_term(s, x0)
+    d.bits_per_dim(d.per_image(x0), x0), d.discretized_log_prob(g, x0)
+
+    # 08 unet: the smallest network that has every part, with each variance; written and read back
+    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    d.sinusoidal(t, 8), d.zeroed(torch.nn.Linear(2, 2))
+    for variance in d.VARIANCES:
+        net = d.UNet.from_preset("digits", draw, **small, out_channels=2 if variance == "learned" else 1)
+        net(x0, t), net(x0, 3), net.double()(x0.double(), t), net.float(), net.check_images(x0)
+        m = d.DDPM(net, s, variance=variance)
+        m.save_pretrained(folder / variance)
+        d.simple_loss(d.DDPM.from_pretrained(folder / variance), x0, draw)
+
+    # 09 data
+    digits, path = d.load_images("digits"), folder / "images.npz"
+    np.savez(path, images=digits.pixels[:20, 0].numpy(), labels=digits.labels[:20].numpy())
+    few = d.load_images(path)
+    len(few), repr(few), d.image_grid(few), d.image_grid(few.pixels, 4)
+    d.save_grid(folder / "grid.png", few), d.show(few, title="digits")
+    d.to_pixels(d.to_network(few.pixels)), d.to_network(few.pixels, torch.float64)
+    next(iter(d.ImageBatches(few, 8, flip=True)))
+
+
+REFUSED = """
+    d.q_marginal(s, x0.byte(), 1)
+    d.at(s.beta[None], 1, x0)
+    d.at(s.beta.float(), 1, x0)
+    d.q_sample(s, x0, t.float(), x0)
+    d.kl_term(m, x0, x0[:1], 1)
+    d.per_image(x0.byte())
+    d.per_image(torch.zeros(()))
+    d.Schedule(s.beta.float())
+    d.sinusoidal(torch.zeros(2, 2, dtype=torch.int64), 8)
+    d.TimeEmbedding(8, 16)(torch.zeros(8))
+    d.Attention(8, 8, 4, 1e-5)(torch.zeros(2, 8, 4))
+"""
+
+
+def wrong_shapes_that_were_taken() -> list[str]:
+    "The lines of `REFUSED` that the checker let through; each holds one wrong shape or type."
+    import torch
+    from jaxtyping import TypeCheckError
+
+    import ddpm_lit as d
+
+    s, t, x0 = d.linear_schedule(6), torch.tensor([1, 5]), torch.zeros(2, 1, 8, 8)
+    names = {"d": d, "torch": torch, "s": s, "t": t, "x0": x0, "m": d.DDPM(lambda x, t: x, s)}
+    taken = []
+    for line in REFUSED.split("\n"):
+        try:
+            exec(line.strip(), names)
+        except TypeCheckError:
+            continue
+        taken += [line] if line.strip() else []
+    return taken
+
+
+def public_functions(modules) -> set[str]:
+    "The full names of all functions and public methods that the modules offer."
+    names = set()
+    for module in modules:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isfunction(value):
+                names.add(f"{module.__name__}.{name}")
+            elif inspect.isclass(value):
+                methods = [k for k, v in vars(value).items() if inspect.isfunction(inspect.unwrap(v)) and k[0] != "_"]
+                own = [k for k in methods if inspect.unwrap(vars(value)[k]).__code__.co_filename == module.__file__]
+                names.update(f"{module.__name__}.{name}.{k}" for k in own)
+    return names
+
+
+def main() -> int:
+    from jaxtyping import install_import_hook
+
+    install_import_hook("ddpm_lit", "test_shapes.checker")
+    package = importlib.import_module("ddpm_lit")
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+    modules = [importlib.import_module(f"ddpm_lit.{name}") for name in names]
+    files, entered = {module.__file__: module.__name__ for module in modules}, set()
+
+    def record(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename in files:
+            entered.add(f"{files[code.co_filename]}.{code.co_qualname}")
+
+    sys.setprofile(record)
+    with tempfile.TemporaryDirectory() as folder:
+        calls(Path(folder))
+    sys.setprofile(None)
+
+    wanted = public_functions(modules) - NOT_CALLED
+    forgotten, taken = sorted(wanted - entered), wrong_shapes_that_were_taken()
+    print("\n".join([f"not called: {name}" for name in forgotten] + [f"not refused: {line.strip()}" for line in taken]))
+    print("FAILED" if forgotten or taken else f"every annotation held: {len(wanted)} functions")
+    return bool(forgotten or taken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
