@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from .ddpm import PREDICTS, DDPM, first_step_patched
+from .ddpm import DDPM, PREDICTS, first_step_patched
 from .forward import Schedule
 from .gaussian import randn
 from .posterior import beta_tilde, posterior_weights
@@ -62,7 +62,8 @@ def sample_steps(
     try:
         times = plan.t.to(x.device)[:, None].expand(-1, len(x))
         asked = [weights[plan.t.to(weights.device)] for weights in prediction_weights(m)]
-        columns = [column.tolist() for column in (plan.t, *asked, *plan[1:4], plan.deviation if plan.stretch is None else plan.stretch)]
+        stretches = torch.ones_like(plan.deviation) if plan.stretch is None else plan.stretch
+        columns = [column.tolist() for column in (plan.t, *asked, *plan[1:4], stretches)]
         for i, (t, c, d, a, b, sigma, stretch) in enumerate(zip(*columns, strict=True)):
             out, split = m(x, times[i])
             x0 = c * x + d * out

@@ -150,10 +150,10 @@ def empty(built, tmp_path_factory) -> Path:
     return python
 
 
-def apart(python: Path, folder: Path, *command) -> str:
-    "Run `command` by the environment's own Python, in `folder`, with nothing of this process in sight."
+def apart(program: Path, folder: Path, *command) -> str:
+    "Run a program of the environment, in `folder`, with nothing of this process in sight."
     mine = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return run(python, *command, cwd=folder, env=mine | {"PYTHONDONTWRITEBYTECODE": "1"})
+    return run(program, *command, cwd=folder, env=mine | {"PYTHONDONTWRITEBYTECODE": "1"})
 
 
 def test_nothing_of_development_is_installed(empty, tmp_path):
@@ -170,8 +170,16 @@ print(json.dumps([ddpm_lit.__file__, [name for name in {sorted(DEVELOPMENT)} if 
 
 
 def test_it_trains_and_samples_there(empty, tmp_path):
-    said = apart(empty, tmp_path, "-m", "ddpm_lit", "demo", "--steps", "4")
-    assert said.strip()
+    few = ("--steps", "4", "--samples", "20", "--sampling-steps", "4", "--no-progress")
+    said = apart(empty, tmp_path, "-m", "ddpm_lit", "demo", *few)
+    assert {path.name for path in tmp_path.iterdir()} == {"demo"}
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["steps"] == 4 and metrics["versions"]["ddpm_lit"] == ddpm_lit.__version__
+    for name in ("samples.png", "loss.png"):
+        assert name in said and (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+    # And by the command that the wheel installs, from the model just written.
+    apart(empty.with_name("ddpm_lit"), tmp_path, "sample", "demo", "-n", "2", "--steps", "2", "--out", "two.npz")
+    assert zipfile.ZipFile(tmp_path / "two.npz").namelist() == ["images.npy"]
 
 
 # ---------------------------------------------------------------------------------------------- the lazy package

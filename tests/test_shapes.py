@@ -18,8 +18,8 @@ from beartype import BeartypeConf, beartype
 # As for every static checker, 1 will do where a float is asked for.
 checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
-# Needs the network, is slow, or is run whole by another test.
-NOT_CALLED = {"ddpm_lit.unet.download", "ddpm_lit.data.load_mnist5k", "ddpm_lit.cli.main"}
+# Needs the network; is slow.
+NOT_CALLED = {"ddpm_lit.unet.download", "ddpm_lit.data.load_mnist5k"}
 
 
 def test_annotations_hold_under_a_run_time_checker():
@@ -100,6 +100,30 @@ def calls(folder: Path) -> None:
     d.save_grid(folder / "grid.png", few), d.show(few, title="digits")
     d.to_pixels(d.to_network(few.pixels)), d.to_network(few.pixels, torch.float64)
     next(iter(d.ImageBatches(few, 8, flip=True)))
+
+    # 10 training
+    config = d.TrainConfig(steps=2, batch_size=4, out=str(folder / "run"), progress=False)
+    d.Trainer(m, few, config).fit(), d.DDPM.from_pretrained(d.model_folder(folder / "run"))
+
+    # 11 sampling
+    for variance in d.VARIANCES:
+        m = d.DDPM.from_pretrained(folder / variance)
+        d.ancestral_sample(m, x0.shape, generator=draw), d.ancestral_sample(m, x0.shape, eps, steps=3)
+    d.ddim_sample(m, x0.shape, 3), d.ddim_sample(m, x0.shape, 3, 1.0, eps, draw)
+
+    # 12 evaluation
+    features = d.ClassifierFeatures(digits)
+    features.distance(digits.pixels[:50], digits.pixels), d.evaluate_bpd(m, few, 4, batch_size=3)
+    d.frechet_distance(*d.feature_statistics(x0[:, 0, 0]), *d.feature_statistics(eps[:, 0, 0]))
+
+    # 13 the command line, every command of it
+    from ddpm_lit.cli import main
+
+    run, little = str(folder / "demo"), ["--no-progress", "--steps", "2"]
+    assert main(["demo", *little, "--out", run, "--samples", "3", "--sampling-steps", "2"]) == 0
+    assert main(["train", *little, "--out", run, "--T", "5"]) == 0
+    assert main(["sample", run, *little, "-n", "2", "--out", str(folder / "two.png")]) == 0
+    assert main(["evaluate", run, *little, "-n", "3", "--bpd", "2"]) == 0
 
 
 REFUSED = """
