@@ -146,14 +146,14 @@ def empty(built, tmp_path_factory) -> Path:
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     options = ("--quiet", "--no-compile", "--constraint", ROOT / "constraints.txt")
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, built["wheel"])
+    apart(sys.executable, folder, "-m", "pip", "--python", python, "install", *options, built["wheel"])
     return python
 
 
 def apart(program: Path, folder: Path, *command) -> str:
-    "Run a program of the environment, in `folder`, with nothing of this process in sight."
+    "Run a program in `folder`, with nothing of this process and its paths in sight."
     mine = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return run(program, *command, cwd=folder, env=mine | {"PYTHONDONTWRITEBYTECODE": "1"})
+    return run(program, *command, cwd=folder, env=mine | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
 
 
 def test_nothing_of_development_is_installed(empty, tmp_path):

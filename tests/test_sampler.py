@@ -1,0 +1,175 @@
+"""The samplers, step by step against diffusers' schedulers and against Algorithm 2 written out."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from ddpm_lit.ddpm import DDPM
+from ddpm_lit.forward import linear_schedule
+from ddpm_lit.sampler import ancestral_plan, ancestral_sample, ddim_plan, ddim_sample, sample_steps, time_steps
+from ddpm_lit.unet import UNet
+
+TINY = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SHAPE = (3, 1, 8, 8)
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def model(predicts="eps", variance="beta_tilde", T=1000):
+    "A model whose network is cheap, is not linear, mixes the pixels and heeds t."
+    weights = torch.randn(64, 64, generator=rng(0), dtype=torch.float64) / 8
+
+    def net(x, t):
+        mixed = torch.tanh((x.flatten(1) @ weights.to(x)) + torch.sin(t / 100)[:, None].to(x)).view(x.shape)
+        return torch.cat([mixed, -mixed], dim=1) if variance == "learned" else mixed
+
+    return DDPM(net, linear_schedule(T), predicts, variance)
+
+
+def as_precise(theirs, s):
+    "diffusers keeps its tables in float32 (tests/test_diffusers_scheduler.py compares them); give it float64."
+    theirs.betas, theirs.alphas, theirs.alphas_cumprod = s.beta, s.alpha, s.alpha_bar
+    return theirs
+
+
+def spy(monkeypatch):
+    "Keep every noise that the samplers draw, so that diffusers can be given the same."
+    import ddpm_lit.sampler as sampler
+
+    drawn, randn = [], sampler.randn
+    monkeypatch.setattr(sampler, "randn", lambda *args: drawn.append(randn(*args)) or drawn[-1])
+    return drawn
+
+
+def steps_of(m, plan):
+    x = torch.randn(SHAPE, generator=rng(2), dtype=torch.float64)
+    yield None, x, None
+    yield from sample_steps(m, plan, x, rng(3))
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
+def test_ancestral_steps_are_those_of_diffusers(monkeypatch, predicts, variance):
+    kind = {"beta_tilde": "fixed_small", "beta": "fixed_large"}[variance]
+    m, compared, drawn = model(predicts, variance), 0, spy(monkeypatch)
+    theirs = DDPMScheduler(1000, 1e-4, 0.02, variance_type=kind, prediction_type=PREDICTION[predicts])
+    theirs = as_precise(theirs, m.s)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: drawn[-1])
+    walk = steps_of(m, ancestral_plan(m.s, variance))
+    _, x, _ = next(walk)
+    for t, x_next, _ in walk:
+        expected = theirs.step(m.net(x, torch.full((3,), t)), t, x).prev_sample
+        torch.testing.assert_close(x_next, expected, rtol=1e-9, atol=1e-9)
+        x, compared = x_next, compared + 1
+    assert compared == 1000 and len(drawn) == 999
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 50, 1000])
+def test_ddim_steps_are_those_of_diffusers(monkeypatch, predicts, eta, steps):
+    m, drawn = model(predicts), spy(monkeypatch)
+    theirs = DDIMScheduler(1000, 1e-4, 0.02, prediction_type=PREDICTION[predicts], timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    theirs = as_precise(theirs, m.s)
+    theirs.final_alpha_cumprod = theirs.final_alpha_cumprod.double()
+    plan = ddim_plan(m.s, steps, eta)
+    assert plan.t.tolist() == theirs.timesteps.tolist()
+    walk = steps_of(m, plan)
+    _, x, _ = next(walk)
+    for t, x_next, _ in walk:
+        z = drawn[-1] if eta and t != plan.t[-1] else torch.zeros_like(x)
+        out = m.net(x, torch.full((3,), t))
+        expected = theirs.step(out, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z).prev_sample
+        torch.testing.assert_close(x_next, expected, rtol=1e-9, atol=1e-9)
+        x = x_next
+    assert len(drawn) == (steps - 1 if eta else 0)
+
+
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta", "learned"])
+@pytest.mark.parametrize("predicts", ["eps", "x0", "mean", "v"])
+def test_every_model_is_sampled_as_algorithm_2_says(predicts, variance):
+    m = model(predicts, variance, T=12)
+    x_T, generator = torch.randn(SHAPE, generator=rng(4), dtype=torch.float64), rng(5)
+    x = x_T
+    for t in reversed(range(12)):
+        g = m.p_step(x, t)
+        x = g.sample(generator) if t else g.mean
+    torch.testing.assert_close(ancestral_sample(m, SHAPE, x_T, rng(5)), x, rtol=1e-9, atol=1e-9)
+    if variance != "learned":
+        assert ddim_sample(m, SHAPE, 5, 0.5, x_T, rng(5)).shape == SHAPE
+
+
+def test_the_learned_variance_matters():
+    "Otherwise the test above would pass with a sampler that ignores the second half of the channels."
+    m = model("eps", "learned", T=12)
+    x_T = torch.randn(SHAPE, generator=rng(4), dtype=torch.float64)
+    fixed = [DDPM(lambda x, t: m(x, t)[0], m.s, "eps", v) for v in ("beta", "beta_tilde")]
+    drawn = [ancestral_sample(model, SHAPE, x_T, rng(5)) for model in (m, *fixed)]
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3) and not torch.allclose(drawn[0], drawn[2], atol=1e-3)
+
+
+def test_same_seed_same_images_bit_for_bit():
+    m = model(T=20)
+    for sample in (ancestral_sample, lambda *a, **k: ddim_sample(*a, steps=7, eta=0.7, **k)):
+        first, second, other = (sample(m, SHAPE, generator=rng(seed)) for seed in (6, 6, 7))
+        assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_eta_0_depends_on_x_T_alone():
+    m, x_T = model(T=20), torch.randn(SHAPE, generator=rng(8), dtype=torch.float64)
+    assert torch.equal(ddim_sample(m, SHAPE, 5, x_T=x_T, generator=rng(1)), ddim_sample(m, SHAPE, 5, x_T=x_T))
+
+
+def test_dropout_is_off_while_sampling_and_on_again_afterwards():
+    net = UNet.from_preset("digits", generator=rng(0), **TINY | dict(dropout=0.5))
+    torch.nn.init.normal_(net.conv_out.weight, std=0.2, generator=rng(1))
+    for block in net.modules():
+        if hasattr(block, "conv2"):
+            torch.nn.init.normal_(block.conv2.weight, std=0.2, generator=rng(1))
+    m = DDPM(net, linear_schedule(5)).train()
+    x_T = torch.randn(SHAPE, generator=rng(2))
+    assert not torch.equal(m.net(x_T, torch.zeros(3).long()), m.net(x_T, torch.zeros(3).long()))
+    assert torch.equal(ancestral_sample(m, SHAPE, x_T, rng(3)), ancestral_sample(m, SHAPE, x_T, rng(3)))
+    assert m.training and net.training
+
+
+def test_the_callback_sees_every_step_and_the_last_is_the_result():
+    m, seen = model(T=20), []
+    x = ddim_sample(m, SHAPE, 5, generator=rng(0), callback=lambda t, x, x0: seen.append((t, x, x0)))
+    assert [t for t, _, _ in seen] == [19, 15, 11, 7, 3]
+    assert torch.equal(seen[-1][1], x)
+    torch.testing.assert_close(seen[-1][2], x)
+
+
+@pytest.mark.parametrize("T,steps", [(1000, 1), (1000, 50), (1000, 999), (1000, 1000), (10, 7)])
+def test_time_steps_are_distinct_rise_and_end_with_the_last(T, steps):
+    times = time_steps(T, steps)
+    assert len(times) == steps and times[-1] == T - 1 and times[0] >= 0 and bool((times.diff() > 0).all())
+
+
+@pytest.mark.parametrize(
+    "call,word",
+    [
+        (lambda m: ddim_sample(m, SHAPE, steps=0), "steps"),
+        (lambda m: ddim_sample(m, SHAPE, steps=21), "steps"),
+        (lambda m: ancestral_sample(m, SHAPE, steps=1), "steps"),
+        (lambda m: ancestral_sample(m, SHAPE, steps=21), "steps"),
+        (lambda m: ddim_sample(m, SHAPE, eta=-0.1, steps=5), "eta"),
+        (lambda m: ddim_sample(m, SHAPE, eta=1.1, steps=5), "eta"),
+        (lambda m: ancestral_sample(m, SHAPE, torch.zeros(3, 1, 8, 9)), "x_T"),
+        (lambda m: ddim_sample(m, SHAPE, 5, x_T=torch.zeros(SHAPE, dtype=torch.long)), "x_T"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(call, word):
+    with pytest.raises(ValueError, match=f"^{word} must"):
+        call(model(T=20))
+
+
+def test_a_broken_network_is_named():
+    m = DDPM(lambda x, t: x * float("nan"), linear_schedule(5))
+    with pytest.raises(ValueError, match="not finite"):
+        ddim_sample(m, SHAPE, 2)
