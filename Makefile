@@ -12,7 +12,7 @@ help: ## list what make can do
 
 install: .venv/installed ## create .venv with the pinned versions; nothing happens where it is up to date
 
-.venv/installed: settings.ini setup.py pyproject.toml constraints.txt
+.venv/installed: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -37,8 +37,7 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
         raise ValueError(f"means and covariances must be (d,), (d, d), (d,), (d, d); got {shapes}")
     if not all(x.isfinite().all() for x in (mean1, cov1, mean2, cov2)):
         raise ValueError("means and covariances must be finite")
-    half = root(cov1)
-    cross = torch.linalg.eigvalsh(half @ cov2 @ half).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
 
 # %% ../nbs/12_evaluation.ipynb #16
@@ -58,7 +57,7 @@ class ClassifierFeatures:
     say which images those are. Raises `ValueError` where there are no labels or too few images.
     """
 
-    def __init__(self, images: Images, hidden: Sequence[int] = (128, 32), held_out: int = 500, seed: int = 0):
+    def __init__(self, images: Images, hidden: Sequence[int] = (256, 64, 32), held_out: int = 500, seed: int = 0):
         from sklearn.model_selection import train_test_split
         from sklearn.neural_network import MLPClassifier
 
@@ -70,7 +69,8 @@ class ClassifierFeatures:
         x, y = self.flat(images.pixels).numpy(), images.labels.numpy()
         split = train_test_split(torch.arange(len(y)).numpy(), test_size=held_out, stratify=y, random_state=seed)
         self.train, self.test = (torch.from_numpy(which) for which in split)
-        classifier = MLPClassifier(tuple(hidden), max_iter=1000, random_state=seed).fit(x[self.train], y[self.train])
+        classifier = MLPClassifier(tuple(hidden), max_iter=1000, early_stopping=True, random_state=seed)
+        classifier.fit(x[self.train], y[self.train])
         self.accuracy = classifier.score(x[self.test], y[self.test])
         layers = zip(classifier.coefs_[:-1], classifier.intercepts_[:-1], strict=True)
         self.layers = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in layers]

@@ -6,6 +6,8 @@
 __all__ = ['Schedule', 'linear_schedule', 'at', 'q_step', 'q_marginal', 'q_sample']
 
 # %% ../nbs/02_forward.ipynb #11
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +26,7 @@ class Schedule:
     Source: Ho et al. 2020, section 2.
     """
 
-    beta: Float64[Tensor, "T"]
+    beta: Float64[Tensor, "T"] | Sequence[float]
     alpha: Float64[Tensor, "T"] = field(init=False)
     alpha_bar: Float64[Tensor, "T"] = field(init=False)
     alpha_bar_prev: Float64[Tensor, "T"] = field(init=False)
@@ -51,8 +53,11 @@ class Schedule:
 
     def to(self, device) -> "Schedule":
         "The same schedule with its tables on `device`. MPS has no float64: for it they stay on the CPU."
-        device = torch.device(device)
-        return self if device.type == "mps" or device == self.beta.device else Schedule(self.beta.to(device))
+        device, moved = torch.device(device), copy.copy(self)
+        if device.type != "mps":
+            for name in ("beta", "alpha", "alpha_bar", "alpha_bar_prev"):
+                object.__setattr__(moved, name, getattr(self, name).to(device))
+        return moved
 
 # %% ../nbs/02_forward.ipynb #12
 def linear_schedule(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:

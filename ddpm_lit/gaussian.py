@@ -18,7 +18,10 @@ def randn(shape, like: Tensor, generator: torch.Generator | None = None) -> Tens
     """Standard normal numbers of `shape`, with the dtype and device of `like`.
 
     They are drawn where the generator lives, so that a CPU generator gives the same numbers on every device.
+    Raises `ValueError` where `like` is not floating point.
     """
+    if not like.is_floating_point():
+        raise ValueError(f"images must be floating point in [-1, 1], got {like.dtype}")
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 

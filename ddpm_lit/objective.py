@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from .ddpm import DDPM, first_step_patched
+from .ddpm import DDPM, PREDICTS, VARIANCES, first_step_patched, one_of
 from .forward import Schedule, q_sample
 from .gaussian import randn
 from .posterior import posterior_weights
@@ -19,6 +19,7 @@ from .posterior import posterior_weights
 
 def error_factor(s: Schedule, predicts: str) -> Float64[Tensor, "T"]:
     "How much larger the squared error of a prediction is than that of the x_0 it stands for."
+    one_of("predicts", predicts, PREDICTS)
     return {
         "eps": s.alpha_bar / (1 - s.alpha_bar),
         "x0": torch.ones_like(s.beta),
@@ -33,6 +34,7 @@ def vlb_weight(s: Schedule, predicts: str = "eps", variance: str = "beta_tilde")
     `variance` is "beta" or "beta_tilde". The first entry, where the bound has a decoder instead, is by the same
     formula. Source: Ho et al. 2020, Eq. 12.
     """
+    one_of("variance", variance, VARIANCES[:2])
     var = {"beta": s.beta, "beta_tilde": first_step_patched(s)}[variance]
     return error_factor(s, "mean") / (2 * var) / error_factor(s, predicts)
 

@@ -202,6 +202,7 @@ class Trainer:
     def report(self, bar) -> None:
         "Every `log_every` steps, read their losses, check them and show their mean."
         every, c = self.config.log_every, self.config
+        bar.update(c.batch_size * self.accelerator.num_processes)
         recent = (self.step - 1) % every + 1
         if recent < every and self.step < c.steps:
             return
@@ -210,7 +211,6 @@ class Trainer:
             i = int((~losses.isfinite()).nonzero()[0])
             raise FloatingPointError(f"the loss is {losses[i]:g} in step {self.step - recent + i + 1}: {self.rescue()}")
         bar.set_postfix(step=f"{self.step}/{c.steps}", loss=f"{losses.mean():.4f}", refresh=False)
-        bar.update(self.step * c.batch_size * self.accelerator.num_processes - bar.n)
 
     def rescue(self) -> str:
         "What to do about a loss that is not finite."
