@@ -121,7 +121,7 @@ def evaluate_bpd(
     device = m.s.beta.device
     batches = images.pixels[:n].split(batch_size)
     if progress:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         batches = tqdm(batches, "bits/dim", unit="batch")
     sums, squares = 0.0, 0.0

@@ -115,7 +115,7 @@ def follow(m: DDPM, plan: Plan, x, generator, clip: bool, progress: bool, callba
     "The x_0 at the end of `plan`. Raises `ValueError` where the network's answers were not finite."
     steps = sample_steps(m, plan, x, generator, clip)
     if progress:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         steps = tqdm(steps, "sampling", total=len(plan.t), unit="step")
     for t, x, x0 in steps:  # noqa: B007 (x is the result)

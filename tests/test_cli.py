@@ -21,7 +21,8 @@ QUIET = ["--no-progress"]
 def demo(tmp_path_factory):
     "A run folder made by a demonstration of five steps."
     out = tmp_path_factory.mktemp("run") / "demo"
-    assert cli.main(["demo", "--steps", "5", "--samples", "12", "--sampling-steps", "4", "--out", str(out), *QUIET]) == 0
+    words = ["--steps", "5", "--samples", "12", "--sampling-steps", "4", "--out", str(out)]
+    assert cli.main(["demo", *words, *QUIET]) == 0
     return out
 
 
@@ -77,9 +78,10 @@ def test_sample_writes_a_grid_into_a_new_folder(demo, tmp_path):
     assert out.read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
-def test_evaluate_writes_and_shows_its_numbers(demo, tmp_path, capsys):
-    out = tmp_path / "e.json"
-    assert cli.main(["evaluate", str(demo), "-n", "20", "--steps", "2", "--bpd", "2", "--out", str(out), *QUIET]) == 0
+def test_evaluate_writes_and_shows_its_numbers(tmp_path, capsys):
+    run, out = str(tmp_path / "run"), tmp_path / "e.json"
+    assert cli.main(["train", "--steps", "1", "--T", "5", "--beta-T", "0.5", "--out", run, *QUIET]) == 0
+    assert cli.main(["evaluate", run, "-n", "20", "--steps", "2", "--bpd", "2", "--out", str(out), *QUIET]) == 0
     told, shown = json.loads(out.read_text()), capsys.readouterr().out
     bits = told["bits_per_dim"]
     assert told["n"] == 20 and bits["n"] == 2
@@ -98,7 +100,8 @@ def test_train_trains_what_it_is_told(tmp_path):
     assert cli.image_shape(m) == (3, 4, 6)
     told = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
     assert told["config"]["lr"] == 1e-5 and told["config"]["batch_size"] == 4 and told["step"] == 2
-    assert cli.main(["sample", str(tmp_path / "run"), "-n", "2", "--steps", "2", "--out", str(tmp_path / "s.npz"), *QUIET]) == 0
+    drawn = str(tmp_path / "s.npz")
+    assert cli.main(["sample", str(tmp_path / "run"), "-n", "2", "--steps", "2", "--out", drawn, *QUIET]) == 0
     assert load_images(tmp_path / "s.npz").pixels.shape == (2, 3, 4, 6)
 
 
