@@ -44,7 +44,8 @@ def symbolic(name: str, expr) -> None:
 
 # %% ../nbs/00_checks.ipynb #16
 def _float64(value) -> Tensor:
-    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    value = value.detach().cpu() if isinstance(value, Tensor) else value
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def identity(name: str, lhs, rhs, rtol: float = 1e-10, atol: float = 0.0) -> None:

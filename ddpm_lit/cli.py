@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'MODELS', 'image_shape', 'Sampling', 'best_device', 'open_run', 'Typed', 'Train', 'Sample', 'Evaluate',
-           'distances', 'table', 'Demo', 'versions', 'plot_losses', 'report', 'recipe_of', 'main']
+           'distances', 'table', 'Demo', 'versions', 'plot_losses', 'findings', 'recipe_of', 'main']
 
 # %% ../nbs/13_command_line.ipynb #3
 import json
@@ -94,7 +94,7 @@ class Typed(TrainConfig):
     def checked(self) -> TrainConfig:
         return TrainConfig(**asdict(self))
 
-
+# %% ../nbs/13_command_line.ipynb #e9f142bf
 @dataclass(frozen=True)
 class Train:
     """Train a model and write it into a folder, from which `sample` and `evaluate` read it."""
@@ -166,7 +166,7 @@ class Sample:
             np.savez_compressed(self.out, images=pixels.numpy())
         print(f"{self.n} images are in {self.out}.")
 
-
+# %% ../nbs/13_command_line.ipynb #2bb5a1b2
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a trained model: Fréchet distance of its samples to real images and, if asked for, bits/dim."""
@@ -276,14 +276,14 @@ class Demo:
             "versions": versions(),
         }
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        print(report(out, metrics))
+        print(findings(out, metrics))
 
 
 def versions() -> dict[str, str]:
     "What the numbers were made with."
     return {"ddpm_lit": ddpm_lit.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
-
+# %% ../nbs/13_command_line.ipynb #54b61e8c
 def plot_losses(path: Path, losses) -> None:
     "Draw the loss of every step, and its mean over 25 of them, into a PNG file."
     from matplotlib.figure import Figure
@@ -299,7 +299,7 @@ def plot_losses(path: Path, losses) -> None:
     figure.savefig(path)
 
 
-def report(out: Path, metrics: dict) -> str:
+def findings(out: Path, metrics: dict) -> str:
     "What the demonstration found, where it is, and what to try next."
     real, noise = metrics["frechet_distance_real"], metrics["frechet_distance_noise"]
     return f"""

@@ -137,7 +137,7 @@ def quiet_accelerate():
         import accelerate
     return accelerate
 
-
+# %% ../nbs/10_training.ipynb #23
 class Trainer:
     """Train `m` on `images` as `config` says. `m.net` becomes the moving average, the one to sample from.
 

@@ -90,7 +90,7 @@ def test_ddim_steps_are_those_of_diffusers(monkeypatch, predicts, eta, steps):
 
 
 def test_ddim_with_all_steps_is_that_of_diffusers(monkeypatch):
-    test_ddim_steps_are_those_of_diffusers(monkeypatch, 1000, 0.5, "eps")
+    test_ddim_steps_are_those_of_diffusers(monkeypatch, "eps", 0.5, 1000)
 
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta", "learned"])
