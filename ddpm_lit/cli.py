@@ -94,7 +94,7 @@ class Typed(TrainConfig):
     def checked(self) -> TrainConfig:
         return TrainConfig(**asdict(self))
 
-# %% ../nbs/13_command_line.ipynb #e9f142bf
+# %% ../nbs/13_command_line.ipynb #9
 @dataclass(frozen=True)
 class Train:
     """Train a model and write it into a folder, from which `sample` and `evaluate` read it."""
@@ -140,7 +140,7 @@ class Train:
         print(f"{images!r}: {config.steps} steps, loss {losses[-50:].mean():.4f}")
         print(f"The model is in {config.out}. Try: ddpm_lit sample {config.out} -n 64 --out samples.png")
 
-# %% ../nbs/13_command_line.ipynb #10
+# %% ../nbs/13_command_line.ipynb #11
 @dataclass(frozen=True)
 class Sample:
     """Draw images from a trained model."""
@@ -166,7 +166,7 @@ class Sample:
             np.savez_compressed(self.out, images=pixels.numpy())
         print(f"{self.n} images are in {self.out}.")
 
-# %% ../nbs/13_command_line.ipynb #2bb5a1b2
+# %% ../nbs/13_command_line.ipynb #12
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a trained model: Fréchet distance of its samples to real images and, if asked for, bits/dim."""
@@ -203,7 +203,7 @@ class Evaluate:
         print(table(results))
         print(f"These numbers are in {out}.")
 
-# %% ../nbs/13_command_line.ipynb #12
+# %% ../nbs/13_command_line.ipynb #14
 def distances(images: Images, samples: UInt8[Tensor, "n c h w"], seed: int = 0) -> dict:
     "Fréchet distance of `samples` to `images` and, for scale, of real images held out and of uniform noise."
     features = ClassifierFeatures(images)
@@ -228,7 +228,7 @@ def table(results: dict, indent: str = "") -> str:
             lines.append(f"{indent}{name:<{26 - len(indent)}}{shown}")
     return "\n".join(lines)
 
-# %% ../nbs/13_command_line.ipynb #14
+# %% ../nbs/13_command_line.ipynb #16
 @dataclass(frozen=True)
 class Demo:
     """Train on real handwritten digits for about a minute, draw 500 new ones, and measure them."""
@@ -283,7 +283,7 @@ def versions() -> dict[str, str]:
     "What the numbers were made with."
     return {"ddpm_lit": ddpm_lit.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
-# %% ../nbs/13_command_line.ipynb #54b61e8c
+# %% ../nbs/13_command_line.ipynb #17
 def plot_losses(path: Path, losses) -> None:
     "Draw the loss of every step, and its mean over 25 of them, into a PNG file."
     from matplotlib.figure import Figure
@@ -316,7 +316,7 @@ Try next:
   ddpm_lit evaluate {out} --bpd 32
   ddpm_lit train --preset digits --steps 3000 --out runs/longer"""
 
-# %% ../nbs/13_command_line.ipynb #16
+# %% ../nbs/13_command_line.ipynb #19
 def recipe_of(args: Sequence[str]) -> Train:
     "`Train` with the defaults of the preset that `args` ask for, so that `--help` shows the values that will be used."
     words = [part for word in args for part in word.split("=", 1)]

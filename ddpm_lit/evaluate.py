@@ -87,7 +87,7 @@ class ClassifierFeatures:
             h = (h @ w + b).relu()
         return h
 
-    def distance(self, samples: UInt8[Tensor, "n c h w"], real: UInt8[Tensor, "n c h w"]) -> float:
+    def distance(self, samples: UInt8[Tensor, "n c h w"], real: UInt8[Tensor, "m c h w"]) -> float:
         "The Fréchet distance of two sets of images in these features."
         return frechet_distance(*feature_statistics(self(samples)), *feature_statistics(self(real)))
 
