@@ -37,6 +37,7 @@ notebooks: export ## run the chapters again and store what they show; NB=nbs/02_
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False $(NB)
 	$(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.language_info cell.metadata.lines_to_next_cell" $(NB)
+	$(BIN)/nbdev_export  # once more: an export names its cells, and normalising numbers them
 
 clean: ## remove builds and caches; .venv and what was trained stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.ipynb_checkpoints
