@@ -21,7 +21,7 @@ demo: install ## train on real digits and write samples: a minute or two on two 
 	$(BIN)/python -m ddpm_lit demo $(ARGS)
 
 # Where other work shares the cores, threads that wait actively slow each other down many times over.
-demo test notebooks: export OMP_WAIT_POLICY = PASSIVE
+test notebooks: export OMP_WAIT_POLICY = PASSIVE
 
 test: lint ## lint, the tests in tests/, then every notebook run again and compared with what it shows
 	$(BIN)/python -m pytest tests
