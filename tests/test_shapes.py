@@ -87,6 +87,21 @@ def calls(folder: Path) -> None:
     d.vlb_weight(s), d.vlb_weight(s, "v", "beta"), d.error_factor(s, "mean")
     d.bits_per_dim(d.per_image(x0), x0), d.discretized_log_prob(g, x0)
 
+    # 07 exact: one law, many laws, flat laws
+    eye = torch.eye(64, dtype=torch.float64)
+    law = d.MixtureData([0.5, 0.5], x0.flatten(1), torch.stack([eye, 0.1 * eye])).to("cpu")
+    flat, step, x = d.GaussianData(x0[0].flatten(), 0.0), law.reverse_step(s, eps, t), eps.flatten(1)
+    step.sample(generator=draw), step.mean(), step.mean_variance(), flat.sample(3), flat.posterior(s, eps, 3).mean()
+    seen = law.affine(2.0).given(x, 1.0, 0.1)
+    for some in (law, law.marginal(s, 3), law.marginal(s, t), law.posterior(s, eps, t), seen):
+        some.log_prob(x), some.nll(x), some.score(x), some.responsibilities(x), some.need_density()
+        some.back(some.along(x)) if some.weights.ndim == 1 else some.log_parts(x)
+    d.level(s.beta, t), d.level(s.beta, 3), d.exact_eps(law, s, eps, t)
+    floor = d.error_floor(law, s, 5, draw)
+    d.expected_bound(law, s, floor, d.optimal_variance(s, floor))
+    for variance, known in (("beta", None), ("learned", floor)):
+        d.exact_ddpm(law, s, "v", variance, known).p_step(eps, t)
+
     # 08 unet: the smallest network that has every part, with each variance; written and read back
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
     d.sinusoidal(t, 8), d.zeroed(torch.nn.Linear(2, 2))
