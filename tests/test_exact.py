@@ -9,7 +9,7 @@ from scipy.stats import ks_2samp
 
 from ddpm_lit.bound import vlb_terms
 from ddpm_lit.data import Images, to_pixels
-from ddpm_lit.ddpm import first_step_patched
+from ddpm_lit.ddpm import DDPM, first_step_patched
 from ddpm_lit.evaluate import evaluate_bpd
 from ddpm_lit.exact import (
     GaussianData,
@@ -17,7 +17,6 @@ from ddpm_lit.exact import (
     MixtureData,
     error_floor,
     exact_ddpm,
-    exact_eps,
     expected_bound,
     optimal_variance,
 )
@@ -112,7 +111,7 @@ def test_the_score_is_the_gradient_of_the_log_density(d):
         x = randn(20, d, seed=3).requires_grad_()
         (slope,) = torch.autograd.grad(data.marginal(s, t).log_prob(x).sum(), x)
         torch.testing.assert_close(data.marginal(s, t).score(x), slope, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(exact_eps(data, s, x, t), -(1 - s.alpha_bar[t]).sqrt() * slope, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(data.eps(s, x, t), -(1 - s.alpha_bar[t]).sqrt() * slope, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("d", [1, 5, 64])
@@ -126,7 +125,7 @@ def test_a_mixture_of_one_part_is_a_gaussian_and_equal_parts_are_one(d):
             for a, b in zip(*laws, strict=True):
                 torch.testing.assert_close(a.mean(), b.mean(), rtol=1e-9, atol=1e-10)
                 torch.testing.assert_close(a.mean_variance(), b.mean_variance(), rtol=1e-9, atol=1e-10)
-            torch.testing.assert_close(exact_eps(gauss, s, x, t), exact_eps(other, s, x, t), rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(gauss.eps(s, x, t), other.eps(s, x, t), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(("d", "rank"), [(2, 1), (7, 3), (64, 5)])
@@ -183,7 +182,9 @@ def test_float32_is_float64_rounded_and_images_are_vectors(t):
         assert narrow.dtype == torch.float32 and wide.dtype == torch.float64
         assert torch.equal(narrow, wide.float())
         assert torch.equal(m(as_images, t)[0], narrow.reshape(as_images.shape))
-    assert torch.equal(exact_eps(data, s, as_images, t).flatten(1), exact_eps(data, s, x_t, t))
+    assert torch.equal(data.eps(s, as_images, t).flatten(1), data.eps(s, x_t, t))
+    as_net = DDPM(functools.partial(data.eps, s), s)(x_t.double(), t)[0]
+    torch.testing.assert_close(as_net, exact_ddpm(data, s)(x_t.double(), t)[0], rtol=1e-7, atol=1e-8)
 
 
 def test_each_image_may_have_its_own_t():

@@ -96,7 +96,7 @@ def calls(folder: Path) -> None:
     for some in (law, law.marginal(s, 3), law.marginal(s, t), law.posterior(s, eps, t), seen):
         some.log_prob(x), some.nll(x), some.score(x), some.responsibilities(x), some.need_density()
         some.back(some.along(x)) if some.weights.ndim == 1 else some.log_parts(x)
-    d.level(s.beta, t), d.level(s.beta, 3), d.exact_eps(law, s, eps, t)
+    d.level(s.beta, t), d.level(s.beta, 3), law.eps(s, eps, t), law.eps(s, eps.double(), 3)
     floor = d.error_floor(law, s, 5, draw)
     d.expected_bound(law, s, floor, d.optimal_variance(s, floor))
     for variance, known in (("beta", None), ("learned", floor)):
