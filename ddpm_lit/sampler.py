@@ -51,13 +51,14 @@ def prediction_weights(m: DDPM) -> tuple[Float64[Tensor, "T"], Float64[Tensor, "
 # %% ../nbs/11_sampling.ipynb #20
 @torch.inference_mode()
 def sample_steps(
-    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None = None, clip: bool = True
+    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None = None, clip: bool | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Follow `plan` from x_T = `x`; after each step yield its t, the x that it reached, and the x_0 it believed in.
 
-    With `clip` that x_0 is cut to [-1, 1] before it is used. `m` is in evaluation mode meanwhile.
+    With `clip` that x_0 is cut to [-1, 1] before it is used; None means as `m` says. `m` is in evaluation mode
+    meanwhile.
     """
-    training = m.training
+    training, clip = m.training, m.clip if clip is None else clip
     m.eval()
     try:
         times = plan.t.to(x.device)[:, None].expand(-1, len(x))
@@ -111,7 +112,7 @@ def start(m: DDPM, shape: Sequence[int], x_T: Tensor | None, generator: torch.Ge
     return x_T.to(next(m.parameters(), x_T))
 
 
-def follow(m: DDPM, plan: Plan, x, generator, clip: bool, progress: bool, callback: Callable | None) -> Tensor:
+def follow(m: DDPM, plan: Plan, x, generator, clip: bool | None, progress: bool, callback: Callable | None) -> Tensor:
     "The x_0 at the end of `plan`. Raises `ValueError` where the network's answers were not finite."
     steps = sample_steps(m, plan, x, generator, clip)
     if progress:
@@ -133,7 +134,7 @@ def ancestral_sample(
     generator: torch.Generator | None = None,
     *,
     steps: int | None = None,
-    clip: bool = True,
+    clip: bool | None = None,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "..."]:
@@ -176,7 +177,7 @@ def ddim_sample(
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
     *,
-    clip: bool = True,
+    clip: bool | None = None,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "..."]:
