@@ -140,9 +140,10 @@ def ancestral_sample(
 ) -> Float[Tensor, "..."]:
     """Images of `shape`, (b, c, h, w), drawn by Algorithm 2 from `x_T`, or from new noise; in [-1, 1] where `clip`.
 
-    `steps` below T visits that many times at equal distances, with the variances that belong to them. After each step
-    `callback(t, x, x0_hat)` is called. Raises `ValueError` for `steps` outside 2 … T, an `x_T` of another shape or not
-    floating point, a network that returns numbers that are not finite. Source: Ho et al. 2020, Algorithm 2.
+    `steps` below T visits that many times at equal distances, with the variances that belong to them. `clip` None means
+    as `m` says. After each step `callback(t, x, x0_hat)` is called. Raises `ValueError` for `steps` outside 2 … T, an
+    `x_T` of another shape or not floating point, a network that returns numbers that are not finite. Source: Ho et al.
+    2020, Algorithm 2.
     """
     plan = ancestral_plan(m.s, m.variance, steps)
     return follow(m, plan, start(m, shape, x_T, generator), generator, clip, progress, callback)
@@ -183,7 +184,8 @@ def ddim_sample(
 ) -> Float[Tensor, "..."]:
     """Images of `shape`, (b, c, h, w), in `steps` calls of the network; with `eta` 0 they depend on `x_T` alone.
 
-    Where x_0 is clipped, the noise kept is the one that belongs to the clipped x_0. A learned variance is not used.
+    Where x_0 is clipped (`clip`; None means as `m` says), the noise kept is the one that belongs to the clipped x_0.
+    A learned variance is not used.
     After each step `callback(t, x, x0_hat)` is called. Raises `ValueError` for `steps` outside 1 … T, `eta` outside
     [0, 1], an `x_T` of another shape or not floating point. Source: Song, Meng & Ermon 2021, Eq. 12.
     """

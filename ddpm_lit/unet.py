@@ -468,7 +468,7 @@ def class_embedding(config: dict) -> nn.Module | None:
         return TimeEmbedding(first, width) if config["class_embed_type"] == "timestep" else nn.Identity()
     return None if config["num_class_embeds"] is None else nn.Embedding(config["num_class_embeds"], width)
 
-# %% ../nbs/08_unet.ipynb #27
+
 def embedding(net: nn.Module, x: Tensor, t: int | Tensor, labels: Tensor | None) -> Float[Tensor, "b width"]:
     "The vector that all residual blocks of `net` read: of the steps `t`, and of the classes where it has them."
     c, dim = net.config, net.conv_in.out_channels
@@ -489,7 +489,7 @@ def initialise(net: nn.Module, generator: torch.Generator | None = None) -> None
             nn.init.xavier_uniform_(layer.weight, generator=generator)
             nn.init.zeros_(layer.bias)
 
-# %% ../nbs/08_unet.ipynb #28
+# %% ../nbs/08_unet.ipynb #27
 class UNet(nn.Module):
     """The network of the paper: `net(x_t, t)` is shaped like x_t, with `out_channels` channels.
 
@@ -543,7 +543,7 @@ class UNet(nn.Module):
         one_of("name", name, PRESETS)
         return cls(generator=generator, **(PRESETS[name] | changes))
 
-# %% ../nbs/08_unet.ipynb #30
+# %% ../nbs/08_unet.ipynb #29
 _paper = dict(freq_shift=1, flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None, norm_eps=1e-6)
 _large = dict(
     _paper,
@@ -593,7 +593,7 @@ TRAINING = {
     "lsun256": dict(_training, steps=2_400_000, flip=False),  # bedrooms; cats 1,800,000 and churches 1,200,000, flipped
 }
 
-# %% ../nbs/08_unet.ipynb #37
+# %% ../nbs/08_unet.ipynb #36
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "mean": "mean"}
 VARIANCE_TYPES = {
     "fixed_small": "beta_tilde",
@@ -640,7 +640,7 @@ def scheduler_config(m: DDPM) -> dict:
         "clip_sample": m.clip,
     }
 
-# %% ../nbs/08_unet.ipynb #38
+# %% ../nbs/08_unet.ipynb #37
 def save_ddpm(m: DDPM, folder) -> None:
     """Write `m` as a folder that diffusers' `DDPMPipeline` opens; its network must be a `UNet` (else `ValueError`).
 
@@ -685,7 +685,7 @@ def move_into(draft: Path, folder: Path, names: Sequence[str]) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft / name, folder / name)
 
-# %% ../nbs/08_unet.ipynb #40
+# %% ../nbs/08_unet.ipynb #39
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_WEIGHTS = "diffusion_pytorch_model.bin"
 
@@ -724,7 +724,7 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     old = re.compile(r"\.(query|key|value|proj_attn)\.")
     return path, {old.sub(lambda m: f".{OLD_NAMES[m[1]]}.", name): value.float() for name, value in tensors.items()}
 
-# %% ../nbs/08_unet.ipynb #41
+# %% ../nbs/08_unet.ipynb #40
 SCHEDULER_ONLY = {
     "_class_name": ("DDPMScheduler", "DDIMScheduler"),
     "clip_sample_range": (1.0,),
@@ -779,7 +779,7 @@ def load_schedule(path: Path) -> tuple[Schedule, str, str, bool]:
         raise ValueError(f"{path}: {error}") from error
     return s, PREDICTION_TYPES[c["prediction_type"]], VARIANCE_TYPES[c["variance_type"]], c["clip_sample"]
 
-# %% ../nbs/08_unet.ipynb #42
+# %% ../nbs/08_unet.ipynb #41
 def load_unet(folder: Path) -> UNet:
     "The `UNet` of a folder with `config.json` and weights; `ValueError` names what is missing or does not fit."
     config = read_json(folder / "config.json")

@@ -357,9 +357,7 @@ def test_only_a_unet_can_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "file", ["model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"]
-)
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"])
 def test_a_missing_file_is_named(saved, file):
     (saved / file).unlink()
     with pytest.raises(ValueError, match=file):
@@ -457,7 +455,7 @@ def test_a_hub_id_downloads_only_what_is_read(saved, tmp_path, monkeypatch, weig
 
     def download(name, allow_patterns):
         asked.append(name)
-        for file in (set(allow_patterns) & {str(p.relative_to(saved)) for p in saved.rglob("*")}):
+        for file in set(allow_patterns) & {str(p.relative_to(saved)) for p in saved.rglob("*")}:
             (hub / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(saved / file, hub / file)
         return str(hub)
