@@ -7,10 +7,10 @@ __all__ = ['DEFAULTS', 'ATTENDS', 'CHOICES', 'NOT_BUILT', 'PRESETS', 'TRAINING',
            'SCHEDULER_DEFAULTS', 'WEIGHTS', 'OLD_NAMES', 'OLD_WEIGHTS', 'SCHEDULER_ONLY', 'SAMPLER_ONLY', 'sinusoidal',
            'TimeEmbedding', 'zeroed', 'Dropout', 'silu', 'plainly', 'frugally', 'halved', 'doubled', 'ResidualBlock',
            'Attention', 'attention', 'arranged', 'Downsample', 'transposed', 'Upsample', 'Level', 'Down', 'Up',
-           'Middle', 'check_words', 'check_numbers', 'block_of', 'resizes', 'way_down', 'way_up', 'check_images',
-           'steps_of', 'check_labels', 'class_embedding', 'embedding', 'initialise', 'UNet', 'theirs',
-           'scheduler_config', 'save_ddpm', 'move_into', 'read_json', 'read_weights', 'betas', 'load_schedule',
-           'load_unet', 'load_ddpm', 'download']
+           'Middle', 'check_words', 'check_numbers', 'block_of', 'resizes', 'way_down', 'way_up', 'steps_of',
+           'check_labels', 'class_embedding', 'embedding', 'initialise', 'UNet', 'theirs', 'scheduler_config',
+           'save_ddpm', 'move_into', 'read_json', 'read_weights', 'betas', 'load_schedule', 'load_unet', 'load_ddpm',
+           'download']
 
 # %% ../nbs/08_unet.ipynb #6
 import copy
@@ -427,15 +427,6 @@ def way_up(config: dict, skips: list[int]) -> nn.ModuleList:
     return levels
 
 # %% ../nbs/08_unet.ipynb #25
-def check_images(config: dict, x: Tensor) -> None:
-    "Raise `ValueError` where a network of this configuration cannot read images shaped like `x`."
-    channels, factor = config["in_channels"], 2 ** (len(config["block_out_channels"]) - 1)
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x_t must be (b, {channels}, h, w), got {tuple(x.shape)}")
-    if x.shape[2] % factor or x.shape[3] % factor:
-        raise ValueError(f"height and width of x_t must be divisible by {factor}, got {tuple(x.shape[2:])}")
-
-
 def steps_of(x: Tensor, t: int | Tensor) -> Int[Tensor, "b"]:
     "`t` as one integer for each image of `x`; `ValueError` for anything else."
     t = torch.as_tensor(t, device=x.device)
@@ -523,7 +514,7 @@ class UNet(nn.Module):
         self, x_t: Float[Tensor, "b c h w"], t: int | Int[Tensor, "..."], class_labels: Tensor | None = None
     ) -> Float[Tensor, "b out h w"]:
         "The network's word on images `x_t` at steps `t`, one for all or one each, and of classes `class_labels`."
-        check_images(self.config, x_t)
+        self.check_images(x_t)
         emb, run = embedding(self, x_t, t, class_labels), plainly
         if self.gradient_checkpointing and torch.is_grad_enabled():
             run = frugally
@@ -536,6 +527,14 @@ class UNet(nn.Module):
             x = up(x, emb, skips, run)
         out = self.conv_out(silu(self.conv_norm_out(x)))
         return out.contiguous() if x_t.is_contiguous() else out
+
+    def check_images(self, x: Tensor) -> None:
+        "Raise `ValueError` where the network cannot read images shaped like `x`."
+        channels, factor = self.config["in_channels"], 2 ** (len(self.down_blocks) - 1)
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"x_t must be (b, {channels}, h, w), got {tuple(x.shape)}")
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(f"height and width of x_t must be divisible by {factor}, got {tuple(x.shape[2:])}")
 
     @classmethod
     def from_preset(cls, name: str, generator: torch.Generator | None = None, **changes) -> "UNet":

@@ -228,6 +228,20 @@ def test_we_open_a_folder_with_the_papers_cifar10_configuration(tmp_path, diffus
     assert sum(v.numel() for v in mine.values()) == 35_746_307
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
+    # The published folder: everything in one place, and JSON files with the fields that diffusers had in 2022.
+    flatten(tmp_path)
+    fields = "act_fn attention_head_dim block_out_channels center_input_sample down_block_types downsample_padding "
+    fields += "flip_sin_to_cos freq_shift in_channels layers_per_block mid_block_scale_factor norm_eps norm_num_groups "
+    fields += "out_channels sample_size time_embedding_type up_block_types _class_name _diffusers_version"
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in fields.split()}))
+    scheduler = dict(_class_name="DDPMScheduler", _diffusers_version="0.1.1", beta_end=0.02, beta_schedule="linear")
+    scheduler |= dict(beta_start=0.0001, clip_sample=True, num_train_timesteps=1000, trained_betas=None)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler | dict(variance_type="fixed_large")))
+    old = DDPM.from_pretrained(tmp_path)
+    assert (old.s.T, old.predicts, old.variance, old.clip) == (1000, "eps", "beta", True)
+    assert old.net.config == m.net.config and all(torch.equal(mine[k], v) for k, v in old.net.state_dict().items())
+
 
 KINDS = [
     dict(beta_schedule="linear", beta_start=2e-4, beta_end=0.03),

@@ -166,6 +166,15 @@ def test_the_256_networks_have_the_keys_and_shapes_of_diffusers(name, UNet2DMode
     assert shapes[0] == shapes[1] and sum(p.numel() for p in mine.parameters()) == 113_673_219
 
 
+def test_the_256_network_gives_the_output_of_diffusers(UNet2DModel):
+    "Its weights on smaller images: no weight knows the size."
+    theirs, mine = lively(UNet2DModel(**PRESETS["lsun256"])), UNet.from_preset("lsun256").eval()
+    mine.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 32, generator=rng(1))
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x, 500), theirs(x, 500).sample, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_memory_layout_of_images_and_weights_does_not_matter(memory_format):
     net, x = lively(UNet(**CONFIGS["from 16x16 up at once"])), images(CONFIGS["from 16x16 up at once"])
