@@ -8,9 +8,9 @@ __all__ = ['DEFAULTS', 'ATTENDS', 'CHOICES', 'NOT_BUILT', 'PRESETS', 'TRAINING',
            'TimeEmbedding', 'zeroed', 'Dropout', 'silu', 'plainly', 'frugally', 'halved', 'doubled', 'ResidualBlock',
            'Attention', 'attention', 'arranged', 'Downsample', 'transposed', 'Upsample', 'Level', 'Down', 'Up',
            'Middle', 'check_words', 'check_numbers', 'block_of', 'resizes', 'way_down', 'way_up', 'steps_of',
-           'check_labels', 'class_embedding', 'embedding', 'initialise', 'UNet', 'theirs', 'scheduler_config',
-           'save_ddpm', 'move_into', 'read_json', 'read_weights', 'betas', 'load_schedule', 'load_unet', 'load_ddpm',
-           'download']
+           'check_labels', 'class_embedding', 'embedding', 'initialise', 'UNet', 'word_for', 'scheduler_config',
+           'save_ddpm', 'move_into', 'read_json', 'read_weights', 'beta_schedule', 'load_schedule', 'load_unet',
+           'load_ddpm', 'download']
 
 # %% ../nbs/08_unet.ipynb #6
 import copy
@@ -614,7 +614,7 @@ SCHEDULER_DEFAULTS = {
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def theirs(table: dict[str, str], word: str) -> str:
+def word_for(table: dict[str, str], word: str) -> str:
     "The first of diffusers' words that mean our `word`."
     return next(name for name, meaning in table.items() if meaning == word)
 
@@ -634,8 +634,8 @@ def scheduler_config(m: DDPM) -> dict:
         "beta_end": beta[-1].item(),
         "beta_schedule": "linear",
         "trained_betas": None if linear else beta.tolist(),
-        "prediction_type": theirs(PREDICTION_TYPES, m.predicts),
-        "variance_type": theirs(VARIANCE_TYPES, m.variance),
+        "prediction_type": word_for(PREDICTION_TYPES, m.predicts),
+        "variance_type": word_for(VARIANCE_TYPES, m.variance),
         "clip_sample": m.clip,
     }
 
@@ -736,7 +736,7 @@ SAMPLER_ONLY = {"set_alpha_to_one", "steps_offset", "dynamic_thresholding_ratio"
 SAMPLER_ONLY |= {"tensor_format", "timestep_values"}  # of the oldest published folders
 
 
-def betas(kind: str, T: int, first: float, last: float) -> Schedule:
+def beta_schedule(kind: str, T: int, first: float, last: float) -> Schedule:
     """The schedule that diffusers calls "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid", in float64.
 
     Only the third does not depend on `first` and `last`. Raises `ValueError` for another word. Sources: Ho et al. 2020,
@@ -773,7 +773,7 @@ def load_schedule(path: Path) -> tuple[Schedule, str, str, bool]:
         if c["trained_betas"] is not None:
             s = Schedule(torch.tensor(c["trained_betas"], dtype=torch.float64))
         else:
-            s = betas(c["beta_schedule"], c["num_train_timesteps"], c["beta_start"], c["beta_end"])
+            s = beta_schedule(c["beta_schedule"], c["num_train_timesteps"], c["beta_start"], c["beta_end"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return s, PREDICTION_TYPES[c["prediction_type"]], VARIANCE_TYPES[c["variance_type"]], c["clip_sample"]
