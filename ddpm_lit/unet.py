@@ -402,10 +402,8 @@ def way_down(config: dict, skips: list[int]) -> nn.ModuleList:
     for kind, width in zip(config["down_block_types"], widths, strict=True):
         shrink, inputs = None, [skips[-1]] + [width] * (config["layers_per_block"] - 1)
         if len(levels) < len(widths) - 1:
-            by_block = resizes(kind, config)
-            shrink = ResidualBlock(width, width, **block, resize=halved) if by_block else Downsample(
-                width, config["downsample_padding"]
-            )
+            by_block, padding = resizes(kind, config), config["downsample_padding"]
+            shrink = ResidualBlock(width, width, **block, resize=halved) if by_block else Downsample(width, padding)
         head_dim = (config["attention_head_dim"] or width) if ATTENDS["down_block_types"][kind] else None
         levels.append(Down(inputs, width, head_dim, shrink, **block))
         skips += [width] * (len(inputs) + (shrink is not None))
