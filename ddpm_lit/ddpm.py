@@ -72,14 +72,17 @@ class DDPM(nn.Module):
     `net` is any callable (x_t, t) -> tensor shaped like x_t, where t is (b,) integers. `predicts` says what its output
     is: "eps", "x0", "mean" (of the posterior) or "v". `variance` is "beta", "beta_tilde" or "learned"; for the last
     the network gives twice the channels, and the second half sets the variance between the other two, in the log.
-    Raises `ValueError` for other words. Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
+    `clip` says whether the predicted x_0 is cut to [-1, 1], where nothing else is asked for. Raises `ValueError` for
+    other words. Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
     """
 
-    def __init__(self, net: Callable, s: Schedule, predicts: str = "eps", variance: str = "beta_tilde"):
+    def __init__(
+        self, net: Callable, s: Schedule, predicts: str = "eps", variance: str = "beta_tilde", clip: bool = True
+    ):
         super().__init__()
         one_of("predicts", predicts, PREDICTS)
         one_of("variance", variance, VARIANCES)
-        self.net, self.s, self.predicts, self.variance = net, s, predicts, variance
+        self.net, self.s, self.predicts, self.variance, self.clip = net, s, predicts, variance, clip
 
     def _apply(self, fn, *args, **kwargs):
         # `to`, `cuda` and the like move the schedule too; it stays float64.
@@ -95,17 +98,17 @@ class DDPM(nn.Module):
             raise ValueError(f"net must return a tensor shaped like x_t, {tuple(x_t.shape)}, got {tuple(out.shape)}")
         return out, v
 
-    def x0_hat(self, x_t: Float[Tensor, "b ..."], t, out: Float[Tensor, "b ..."], clip: bool = True):
-        "The x_0 that the prediction `out` stands for, cut to [-1, 1] where `clip`."
+    def x0_hat(self, x_t: Float[Tensor, "b ..."], t, out: Float[Tensor, "b ..."], clip: bool | None = None):
+        "The x_0 that the prediction `out` stands for, cut to [-1, 1] where `clip`; None is the model's own `clip`."
         x0 = PREDICTS[self.predicts][0](self.s, x_t, t, out)
-        return x0.clamp(-1, 1) if clip else x0
+        return x0.clamp(-1, 1) if (self.clip if clip is None else clip) else x0
 
     def target(self, x_t: Float[Tensor, "b ..."], t, x0: Float[Tensor, "b ..."]):
         "What the prediction would be, were x_0 known."
         return PREDICTS[self.predicts][1](self.s, x_t, t, x0)
 
-    def p_step(self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], clip: bool = True) -> Gaussian:
-        "p_theta(x_{t-1} | x_t); with `clip`, the predicted x_0 is cut to [-1, 1] on the way."
+    def p_step(self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], clip: bool | None = None) -> Gaussian:
+        "p_theta(x_{t-1} | x_t); with `clip`, the predicted x_0 is cut to [-1, 1] on the way; None: as the model says."
         out, v = self(x_t, t)
         mean = q_posterior(self.s, self.x0_hat(x_t, t, out, clip), x_t, t).mean
         return Gaussian(mean, reverse_variance(self.s, self.variance, x_t, t, v))

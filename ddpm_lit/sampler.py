@@ -51,13 +51,14 @@ def prediction_weights(m: DDPM) -> tuple[Float64[Tensor, "T"], Float64[Tensor, "
 # %% ../nbs/11_sampling.ipynb #20
 @torch.inference_mode()
 def sample_steps(
-    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None = None, clip: bool = True
+    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None = None, clip: bool | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Follow `plan` from x_T = `x`; after each step yield its t, the x that it reached, and the x_0 it believed in.
 
-    With `clip` that x_0 is cut to [-1, 1] before it is used. `m` is in evaluation mode meanwhile.
+    With `clip` that x_0 is cut to [-1, 1] before it is used; None means as `m` says. `m` is in evaluation mode
+    meanwhile.
     """
-    training = m.training
+    training, clip = m.training, m.clip if clip is None else clip
     m.eval()
     try:
         times = plan.t.to(x.device)[:, None].expand(-1, len(x))
@@ -111,7 +112,7 @@ def start(m: DDPM, shape: Sequence[int], x_T: Tensor | None, generator: torch.Ge
     return x_T.to(next(m.parameters(), x_T))
 
 
-def follow(m: DDPM, plan: Plan, x, generator, clip: bool, progress: bool, callback: Callable | None) -> Tensor:
+def follow(m: DDPM, plan: Plan, x, generator, clip: bool | None, progress: bool, callback: Callable | None) -> Tensor:
     "The x_0 at the end of `plan`. Raises `ValueError` where the network's answers were not finite."
     steps = sample_steps(m, plan, x, generator, clip)
     if progress:
@@ -133,15 +134,16 @@ def ancestral_sample(
     generator: torch.Generator | None = None,
     *,
     steps: int | None = None,
-    clip: bool = True,
+    clip: bool | None = None,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "..."]:
     """Images of `shape`, (b, c, h, w), drawn by Algorithm 2 from `x_T`, or from new noise; in [-1, 1] where `clip`.
 
-    `steps` below T visits that many times at equal distances, with the variances that belong to them. After each step
-    `callback(t, x, x0_hat)` is called. Raises `ValueError` for `steps` outside 2 … T, an `x_T` of another shape or not
-    floating point, a network that returns numbers that are not finite. Source: Ho et al. 2020, Algorithm 2.
+    `steps` below T visits that many times at equal distances, with the variances that belong to them. `clip` None means
+    as `m` says. After each step `callback(t, x, x0_hat)` is called. Raises `ValueError` for `steps` outside 2 … T, an
+    `x_T` of another shape or not floating point, a network that returns numbers that are not finite. Source: Ho et al.
+    2020, Algorithm 2.
     """
     plan = ancestral_plan(m.s, m.variance, steps)
     return follow(m, plan, start(m, shape, x_T, generator), generator, clip, progress, callback)
@@ -176,13 +178,14 @@ def ddim_sample(
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
     *,
-    clip: bool = True,
+    clip: bool | None = None,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "..."]:
     """Images of `shape`, (b, c, h, w), in `steps` calls of the network; with `eta` 0 they depend on `x_T` alone.
 
-    Where x_0 is clipped, the noise kept is the one that belongs to the clipped x_0. A learned variance is not used.
+    Where x_0 is clipped (`clip`; None means as `m` says), the noise kept is the one that belongs to the clipped x_0.
+    A learned variance is not used.
     After each step `callback(t, x, x0_hat)` is called. Raises `ValueError` for `steps` outside 1 … T, `eta` outside
     [0, 1], an `x_T` of another shape or not floating point. Source: Song, Meng & Ermon 2021, Eq. 12.
     """

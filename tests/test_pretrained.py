@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from ddpm_lit import unet
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import Schedule, linear_schedule
+from ddpm_lit.sampler import ancestral_sample, ddim_sample
 from ddpm_lit.unet import PRESETS, UNet, load_ddpm, save_ddpm
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -29,7 +30,7 @@ def rng(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def tiny(s=None, predicts="eps", variance="beta_tilde", seed=0, **changes) -> DDPM:
+def tiny(s=None, predicts="eps", variance="beta_tilde", clip=True, seed=0, **changes) -> DDPM:
     "A small model with random values in all parameters."
     if variance == "learned":
         changes["out_channels"] = 2
@@ -37,7 +38,7 @@ def tiny(s=None, predicts="eps", variance="beta_tilde", seed=0, **changes) -> DD
     net = UNet(**(TINY | changes), generator=draw)
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
-    return DDPM(net, s or linear_schedule(20), predicts, variance).eval()
+    return DDPM(net, s or linear_schedule(20), predicts, variance, clip).eval()
 
 
 def noise(n=3):
@@ -49,7 +50,7 @@ def same(a: DDPM, b: DDPM) -> bool:
     x, y = a.net.state_dict(), b.net.state_dict()
     return (
         torch.equal(a.s.beta, b.s.beta)
-        and (a.predicts, a.variance, a.net.config) == (b.predicts, b.variance, b.net.config)
+        and (a.predicts, a.variance, a.clip, a.net.config) == (b.predicts, b.variance, b.clip, b.net.config)
         and x.keys() == y.keys()
         and all(torch.equal(x[k], y[k]) for k in x)
     )
@@ -98,6 +99,17 @@ def test_round_trip_of_any_schedule(tmp_path):
     m.save_pretrained(tmp_path / "m")
     assert same(m, load_ddpm(tmp_path / "m"))
     assert json.loads((tmp_path / "m/scheduler/scheduler_config.json").read_text())["trained_betas"] == beta.tolist()
+
+
+def test_whether_x0_is_cut_is_kept(tmp_path):
+    m = tiny(clip=False)
+    m.save_pretrained(tmp_path / "m")
+    back = load_ddpm(tmp_path / "m")
+    assert same(m, back) and not same(tiny(), back)
+    with torch.no_grad():
+        assert torch.equal(back.p_step(noise(), 19).mean, back.p_step(noise(), 19, clip=False).mean)
+        assert not torch.equal(back.p_step(noise(), 19).mean, back.p_step(noise(), 19, clip=True).mean)
+        assert torch.equal(tiny().p_step(noise(), 19).mean, back.p_step(noise(), 19, clip=True).mean)
 
 
 def test_the_linear_schedule_is_written_as_three_numbers(saved):
@@ -216,6 +228,139 @@ def test_we_open_a_folder_with_the_papers_cifar10_configuration(tmp_path, diffus
     assert sum(v.numel() for v in mine.values()) == 35_746_307
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
+    # The published folder: everything in one place, and JSON files with the fields that diffusers had in 2022.
+    flatten(tmp_path)
+    fields = "act_fn attention_head_dim block_out_channels center_input_sample down_block_types downsample_padding "
+    fields += "flip_sin_to_cos freq_shift in_channels layers_per_block mid_block_scale_factor norm_eps norm_num_groups "
+    fields += "out_channels sample_size time_embedding_type up_block_types _class_name _diffusers_version"
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in fields.split()}))
+    scheduler = dict(_class_name="DDPMScheduler", _diffusers_version="0.1.1", beta_end=0.02, beta_schedule="linear")
+    scheduler |= dict(beta_start=0.0001, clip_sample=True, num_train_timesteps=1000, trained_betas=None)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler | dict(variance_type="fixed_large")))
+    old = DDPM.from_pretrained(tmp_path)
+    assert (old.s.T, old.predicts, old.variance, old.clip) == (1000, "eps", "beta", True)
+    assert old.net.config == m.net.config and all(torch.equal(mine[k], v) for k, v in old.net.state_dict().items())
+
+
+KINDS = [
+    dict(beta_schedule="linear", beta_start=2e-4, beta_end=0.03),
+    dict(beta_schedule="scaled_linear", beta_start=1e-3, beta_end=0.2),
+    dict(beta_schedule="squaredcos_cap_v2"),
+    dict(beta_schedule="sigmoid", beta_start=1e-3, beta_end=0.2),
+    dict(trained_betas=[0.01, 0.02, 0.5, 0.3, 0.1] * 4),
+]
+
+
+def pipeline(diffusers, folder, kind="DDPM", channels=1, **settings):
+    "The folder of a diffusers pipeline with a lively network, and that pipeline."
+    net = tiny(out_channels=channels).net
+    unet = diffusers.UNet2DModel(**net.config).eval()
+    unet.load_state_dict(net.state_dict())
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=20, **settings)
+    pipe = getattr(diffusers, f"{kind}Pipeline")(unet=unet, scheduler=scheduler)
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def loop(m, pipe, steps=20, **step):
+    "Both loops from the same noise, with the same draws: the images after every step of each, ours and theirs."
+    pipe.scheduler.set_timesteps(steps)
+    x = torch.randn(2, 1, 8, 8, generator=rng(4))
+    ours, theirs, draw = [], [], rng(5)
+    for t in pipe.scheduler.timesteps:
+        with torch.no_grad():
+            out = pipe.unet(x if not theirs else theirs[-1], t).sample
+        theirs.append(pipe.scheduler.step(out, t, theirs[-1] if theirs else x, generator=draw, **step).prev_sample)
+    sample = ddim_sample if step else ancestral_sample
+    steps = dict(steps=steps) if step else dict()
+    sample(m, x.shape, x_T=x, generator=rng(5), callback=lambda t, x, x0: ours.append(x.clone()), **steps)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.get("beta_schedule", "trained"))
+def test_sampling_is_that_of_diffusers_step_for_step(tmp_path, diffusers, kind, prediction, clip):
+    pipe = pipeline(diffusers, tmp_path, prediction_type=prediction, clip_sample=clip, **kind)
+    m = load_ddpm(tmp_path)
+    assert m.clip == clip
+    # diffusers computes its tables in float32, we in float64.
+    torch.testing.assert_close(m.s.beta.float(), pipe.scheduler.betas, atol=1e-6, rtol=2e-5)
+    ours, theirs = loop(m, pipe)
+    assert len(ours) == len(theirs) == 20
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4 * max(1, b.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
+def test_every_variance_is_that_of_diffusers(tmp_path, diffusers, variance):
+    pipe = pipeline(diffusers, tmp_path, variance_type=variance, channels=2 if variance == "learned_range" else 1)
+    ours, theirs = loop(load_ddpm(tmp_path), pipe)
+    torch.testing.assert_close(ours[-1], theirs[-1], atol=2e-4, rtol=0)
+
+
+def test_the_variance_that_diffusers_names_and_cannot_compute(tmp_path, diffusers):
+    pipe = pipeline(diffusers, tmp_path, variance_type="fixed_large_log")
+    assert load_ddpm(tmp_path).variance == "beta"
+    assert pipe.scheduler.step(noise(), 7, noise()).prev_sample.isnan().all()  # the root of a negative logarithm
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=lambda kind: kind["beta_schedule"])
+def test_a_ddim_pipeline_is_read_and_sampled_alike(tmp_path, diffusers, kind, steps):
+    pipe = pipeline(diffusers, tmp_path, "DDIM", timestep_spacing="trailing", clip_sample=False, **kind)
+    m = load_ddpm(tmp_path)
+    assert (m.predicts, m.variance, m.clip) == ("eps", "beta_tilde", False)
+    ours, theirs = loop(m, pipe, steps, eta=0.0)
+    assert len(ours) == len(theirs) == steps
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4 * max(1, b.abs().max().item()), rtol=1e-4)
+
+
+def test_settings_of_a_sampler_do_not_change_the_model(saved):
+    wanted = load_ddpm(saved)
+    harmless = dict(timestep_spacing="linspace", steps_offset=1, set_alpha_to_one=False, dynamic_thresholding_ratio=0.9)
+    edit(saved / "scheduler/scheduler_config.json", **harmless, tensor_format="pt", _diffusers_version="0.1")
+    assert same(load_ddpm(saved), wanted)
+
+
+def test_weights_in_the_older_file_are_read_and_the_newer_file_comes_first(tmp_path, diffusers):
+    pipe = pipeline(diffusers, tmp_path / "new")
+    pipe.save_pretrained(tmp_path / "old", safe_serialization=False)
+    old = tmp_path / "old/unet/diffusion_pytorch_model.bin"
+    assert old.is_file() and not (tmp_path / "old" / WEIGHTS).exists()
+    assert same(load_ddpm(tmp_path / "old"), load_ddpm(tmp_path / "new"))
+    flatten(tmp_path / "old")
+    assert same(load_ddpm(tmp_path / "old"), load_ddpm(tmp_path / "new"))
+    (tmp_path / "new/unet/diffusion_pytorch_model.bin").write_bytes(b"not read where there is a safetensors file")
+    assert same(load_ddpm(tmp_path / "old"), load_ddpm(tmp_path / "new"))
+
+
+class Trap:
+    "A pickle that would leave a file behind, were it executed."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("content", ["trap", "cut short", "no tensors", "empty"])
+def test_nothing_in_the_older_file_is_executed_and_a_broken_one_is_named(saved, content):
+    old, sprung = saved / "unet/diffusion_pytorch_model.bin", saved / "sprung"
+    tensors = load_file(saved / WEIGHTS)
+    torch.save({"conv_in.weight": Trap(sprung)} if content == "trap" else tensors, old)
+    if content == "no tensors":
+        torch.save({"conv_in.weight": 3}, old)
+    old.write_bytes({"cut short": old.read_bytes()[:-100], "empty": b""}.get(content, old.read_bytes()))
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin (cannot be read|must hold tensors)"):
+        load_ddpm(saved)
+    assert not sprung.exists()
+
 
 # What is refused, and how.
 
@@ -226,9 +371,7 @@ def test_only_a_unet_can_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "file", ["model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"]
-)
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"])
 def test_a_missing_file_is_named(saved, file):
     (saved / file).unlink()
     with pytest.raises(ValueError, match=file):
@@ -262,8 +405,14 @@ def test_tensors_that_do_not_fit_are_named(saved, change, named):
 @pytest.mark.parametrize(
     "file, change, named",
     [
-        ("scheduler/scheduler_config.json", dict(beta_schedule="sigmoid"), "beta_schedule='sigmoid' is not implement"),
-        ("scheduler/scheduler_config.json", dict(clip_sample=False), "clip_sample=False is not implemented"),
+        ("scheduler/scheduler_config.json", dict(beta_schedule="laplace"), "beta_schedule must be .*; got 'laplace'"),
+        ("scheduler/scheduler_config.json", dict(clip_sample="no"), "clip_sample must be true or false, got 'no'"),
+        ("scheduler/scheduler_config.json", dict(trained_betas=[0.1, 2]), r"beta must lie in \(0, 1\)"),
+        ("scheduler/scheduler_config.json", dict(trained_betas="many"), "scheduler_config.json: "),
+        ("scheduler/scheduler_config.json", dict(timestep_spacing="odd"), "timestep_spacing='odd' is not implemented"),
+        ("scheduler/scheduler_config.json", dict(predict_epsilon=False), "predict_epsilon=False is not implemented"),
+        ("scheduler/scheduler_config.json", dict(brand_new=1), "brand_new=1 is not known"),
+        ("scheduler/scheduler_config.json", dict(_class_name="EulerDiscreteScheduler"), "_class_name='EulerDiscrete"),
         ("scheduler/scheduler_config.json", dict(thresholding=True), "thresholding=True is not implemented"),
         ("scheduler/scheduler_config.json", dict(clip_sample_range=2.0), "clip_sample_range=2.0"),
         ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True"),
@@ -310,18 +459,25 @@ def test_a_save_that_fails_while_writing_leaves_the_former_model_whole(saved, mo
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-def test_a_hub_id_downloads_only_what_is_read(saved, monkeypatch):
-    asked = {}
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+def test_a_hub_id_downloads_only_what_is_read(saved, tmp_path, monkeypatch, weights):
+    asked, hub, wanted = [], tmp_path / "hub", load_ddpm(saved)
+    old = "unet/diffusion_pytorch_model.bin"
+    torch.save(load_file(saved / WEIGHTS), saved / old)  # the Hub may have both
+    if weights == "bin":
+        (saved / WEIGHTS).unlink()
 
     def download(name, allow_patterns):
-        asked.update(name=name, files=set(allow_patterns))
-        return str(saved)
+        asked.append(name)
+        for file in set(allow_patterns) & {str(p.relative_to(saved)) for p in saved.rglob("*")}:
+            (hub / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(saved / file, hub / file)
+        return str(hub)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert same(load_ddpm("google/ddpm-cifar10-32"), load_ddpm(saved))
-    read = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
-    assert asked["name"] == "google/ddpm-cifar10-32" and read <= asked["files"]
-    assert not any(name.endswith((".bin", ".msgpack")) or "*" in name for name in asked["files"])
+    assert same(load_ddpm("google/ddpm-cifar10-32"), wanted)
+    assert set(asked) == {"google/ddpm-cifar10-32"}
+    assert (hub / old).exists() == (weights == "bin"), "the older file is fetched only where there is no other"
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "no such thing", "a/b/c"])

@@ -141,6 +141,16 @@ def test_dropout_is_off_while_sampling_and_on_again_afterwards():
     assert m.training and net.training
 
 
+@pytest.mark.parametrize("sample", [ancestral_sample, lambda *a, **k: ddim_sample(*a, steps=4, **k)])
+def test_a_model_is_sampled_with_the_clipping_it_was_made_for(sample):
+    cut, uncut = (DDPM(lambda x, t: 3 * x, linear_schedule(4, 0.1, 0.2), "x0", clip=clip) for clip in (True, False))
+    x_T = torch.randn(SHAPE, generator=rng(2), dtype=torch.float64)
+    drawn = {clip: sample(cut, SHAPE, x_T=x_T, generator=rng(3), clip=clip) for clip in (True, False, None)}
+    assert torch.equal(drawn[None], drawn[True]) and not torch.allclose(drawn[True], drawn[False])
+    assert torch.equal(sample(uncut, SHAPE, x_T=x_T, generator=rng(3)), drawn[False])
+    assert torch.equal(sample(uncut, SHAPE, x_T=x_T, generator=rng(3), clip=True), drawn[True])
+
+
 def test_the_callback_sees_every_step_and_the_last_is_the_result():
     m, seen = model(T=20), []
     x = ddim_sample(m, SHAPE, 5, generator=rng(0), callback=lambda t, x, x0: seen.append((t, x, x0)))

@@ -104,10 +104,17 @@ def calls(folder: Path) -> None:
 
     # 08 unet: the smallest network that has every part, with each variance; written and read back
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    d.sinusoidal(t, 8), d.zeroed(torch.nn.Linear(2, 2))
+    d.sinusoidal(t, 8), d.sinusoidal(t / 2, 8), d.zeroed(torch.nn.Linear(2, 2)), d.halved(x0), d.doubled(x0), d.silu(x0)
+    resnet = {"down_block_types": ["ResnetDownsampleBlock2D"] * 2, "up_block_types": ["ResnetUpsampleBlock2D"] * 2}
+    for kind, labels in (("timestep", t), ("identity", torch.zeros(2, 32)), (None, t)):
+        changes = resnet | small | dict(class_embed_type=kind, num_class_embeds=10, dropout=0.1)
+        net = d.UNet.from_preset("digits", draw, **changes, resnet_time_scale_shift="scale_shift")
+        net.gradient_checkpointing = True
+        net(x0, t, labels).sum().backward()
+    d.Upsample(8)(torch.zeros(1, 8, 16, 16)), [d.beta_schedule(kind, 9, 0.1, 0.2) for kind in ("linear", "sigmoid")]
     for variance in d.VARIANCES:
         net = d.UNet.from_preset("digits", draw, **small, out_channels=2 if variance == "learned" else 1)
-        net(x0, t), net(x0, 3), net.double()(x0.double(), t), net.float(), net.check_images(x0)
+        net(x0, t), net(x0, 3), net.double()(x0.double(), t), net.float()
         m = d.DDPM(net, s, variance=variance)
         m.save_pretrained(folder / variance)
         d.simple_loss(d.DDPM.from_pretrained(folder / variance), x0, draw)

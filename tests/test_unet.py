@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_lit.unet import NEUTRAL, PRESETS, Attention, ResidualBlock, UNet, sinusoidal
+from ddpm_lit.unet import (
+    DEFAULTS,
+    NOT_BUILT,
+    PRESETS,
+    TRAINING,
+    Attention,
+    Dropout,
+    ResidualBlock,
+    UNet,
+    Upsample,
+    doubled,
+    halved,
+    sinusoidal,
+)
 
 SMALL = dict(
     sample_size=16,
@@ -30,6 +43,32 @@ CONFIGS = {
     "sines first, shift 0": dict(SMALL, flip_sin_to_cos=False, freq_shift=0),
     "no attention in the middle": dict(SMALL, add_attention=False),
     "learned variance": dict(SMALL, out_channels=6),
+    "one channel, 28x28, four heads": dict(SMALL, in_channels=1, out_channels=1, sample_size=28, attention_head_dim=4),
+    "from 16x16 up at once": dict(SMALL, sample_size=32),
+    "not square": dict(SMALL, sample_size=(32, 20)),
+    "scale-shift": dict(SMALL, resnet_time_scale_shift="scale_shift"),
+    "scale-shift, no attention in the middle": dict(
+        SMALL, resnet_time_scale_shift="scale_shift", add_attention=False, dropout=0.3
+    ),
+    "resnet blocks that resize": dict(
+        SMALL, down_block_types=("ResnetDownsampleBlock2D",) * 2, up_block_types=("ResnetUpsampleBlock2D",) * 2
+    ),
+    "resnet blocks that resize, scale-shift, attention between": dict(
+        SMALL,
+        block_out_channels=(16, 16, 32),
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+    ),
+    "one way by convolution, the other by blocks": dict(
+        SMALL, down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2, upsample_type="resnet"
+    ),
+    "classes, a table": dict(SMALL, num_class_embeds=10),
+    "classes, as steps": dict(SMALL, class_embed_type="timestep"),
+    "classes, as vectors": dict(SMALL, class_embed_type="identity"),
+    "celebahq256, narrow": dict(PRESETS["celebahq256"], block_out_channels=(8, 8, 16, 16, 32, 32), norm_num_groups=4),
     "three blocks, attention everywhere": dict(
         SMALL,
         layers_per_block=3,
@@ -56,7 +95,17 @@ def lively(net: nn.Module, seed: int = 0) -> nn.Module:
 
 def images(config: dict, n: int = 2):
     size = config["sample_size"]
-    return torch.randn(n, config["in_channels"], size, size, generator=rng(1))
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(n, config.get("in_channels", 3), height, width, generator=rng(1))
+
+
+def labels(config: dict, n: int = 2):
+    "What a network of this configuration is told about the classes of its images, as the further arguments of a call."
+    kind = config.get("class_embed_type")
+    if kind is None and config.get("num_class_embeds") is None:
+        return ()
+    width = 4 * config["block_out_channels"][0]
+    return (torch.randn(n, width, generator=rng(3)) if kind == "identity" else torch.tensor([0, 7])[:n],)
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +113,40 @@ def UNet2DModel():
     return pytest.importorskip("diffusers").UNet2DModel
 
 
+def compare(theirs, mine, config, atol=1e-5):
+    "Output, and gradients by the images and by every parameter, must be the same."
+    x, t = images(config).requires_grad_(), torch.tensor([3, 977])
+    a, b = theirs(x, t, *labels(config)).sample, mine(x, t, *labels(config))
+    assert a.std() > 0.1
+    torch.testing.assert_close(b, a, atol=atol, rtol=1e-5)
+    probe = torch.randn(a.shape, generator=rng(2))
+    names = [name for name, _ in mine.named_parameters()]
+    assert names == [name for name, _ in theirs.named_parameters()] or set(names) == set(theirs.state_dict())
+    grads = [
+        torch.autograd.grad((out * probe).sum(), [x, *(dict(net.named_parameters())[name] for name in names)])
+        for out, net in ((a, theirs), (b, mine))
+    ]
+    largest = max(g.abs().max().item() for g in grads[0][1:])
+    for name, theirs_grad, mine_grad in zip(["x", *names], *grads, strict=True):
+        scale = max(theirs_grad.abs().max().item(), 1e-3 * largest)
+        assert (mine_grad - theirs_grad).abs().max() <= 1e-4 * scale, name
+
+
 def test_defaults_are_those_of_diffusers(UNet2DModel):
     theirs = {k: v.default for k, v in inspect.signature(UNet2DModel.__init__).parameters.items() if k != "self"}
-    mine = {k: v.default for k, v in inspect.signature(UNet.__init__).parameters.items()}
-    mine = {k: v for k, v in mine.items() if k not in ("self", "generator", "other")}
-    assert mine | NEUTRAL == theirs
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in DEFAULTS.items()} == theirs
+    assert set(NOT_BUILT) < set(DEFAULTS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_weights_of_diffusers_give_the_same_output_and_gradient_here(name, UNet2DModel):
+def test_weights_of_diffusers_give_the_same_output_and_gradients_here(name, UNet2DModel):
     config = CONFIGS[name]
     theirs, mine = lively(UNet2DModel(**config)), UNet(**config).eval()
     mine.load_state_dict(theirs.state_dict(), strict=True)
-    x, t = images(config).requires_grad_(), torch.tensor([3, 977])
-    a, b = theirs(x, t).sample, mine(x, t)
-    assert a.std() > 0.1
-    torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
-    probe = torch.randn(a.shape, generator=rng(2))
-    (grad_a,), (grad_b,) = (torch.autograd.grad((out * probe).sum(), x) for out in (a, b))
-    torch.testing.assert_close(grad_b, grad_a, atol=1e-5 * grad_a.abs().max().item(), rtol=1e-4)
+    compare(theirs, mine, config)
 
 
-@pytest.mark.parametrize("name", ["digits", "28x28", "defaults"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "cifar10"])
 def test_weights_from_here_give_the_same_output_in_diffusers(name, UNet2DModel):
     config = CONFIGS[name]
     mine = lively(UNet(**config), seed=5)
@@ -93,22 +154,94 @@ def test_weights_from_here_give_the_same_output_in_diffusers(name, UNet2DModel):
     theirs.load_state_dict(mine.state_dict(), strict=True)
     x = images(config)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(x, 500).sample, mine(x, 500), atol=1e-5, rtol=1e-5)
+        a, b = theirs(x, 500, *labels(config)).sample, mine(x, 500, *labels(config))
+    torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_acts_in_training_as_it_does_in_diffusers(UNet2DModel):
-    # Without attention, whose memory layout differs from ours and with it the order in which a mask is drawn.
-    plain = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False)
-    config = SMALL | plain | dict(dropout=0.5)
-    theirs, mine = lively(UNet2DModel(**config)).train(), UNet(**config).train()
+@pytest.mark.parametrize("name", ["celebahq256", "lsun256"])
+def test_the_256_networks_have_the_keys_and_shapes_of_diffusers(name, UNet2DModel):
+    with torch.device("meta"):
+        mine, theirs = UNet.from_preset(name), UNet2DModel(**PRESETS[name])
+    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (mine, theirs)]
+    assert shapes[0] == shapes[1] and sum(p.numel() for p in mine.parameters()) == 113_673_219
+
+
+def test_the_256_network_gives_the_output_of_diffusers(UNet2DModel):
+    "Its weights on smaller images: no weight knows the size."
+    theirs, mine = lively(UNet2DModel(**PRESETS["lsun256"])), UNet.from_preset("lsun256").eval()
     mine.load_state_dict(theirs.state_dict())
-    outputs = []
-    for net in (theirs, mine):
-        torch.manual_seed(0)
-        out = net(images(config), 10)
-        outputs.append(out if torch.is_tensor(out) else out.sample)
-    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(mine.eval()(images(config), 10), outputs[1], atol=1e-2)
+    x = torch.randn(1, 3, 64, 32, generator=rng(1))
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x, 500), theirs(x, 500).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_layout_of_images_and_weights_does_not_matter(memory_format):
+    net, x = lively(UNet(**CONFIGS["from 16x16 up at once"])), images(CONFIGS["from 16x16 up at once"])
+    with torch.no_grad():
+        plain = net(x, 5)
+        net, y = net.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+        out = net(y, 5)
+    torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-5)
+    assert plain.is_contiguous() and out.is_contiguous(memory_format=memory_format)
+
+
+def test_up_at_once_is_up_in_two_steps():
+    up = Upsample(4).double()
+    x = torch.randn(2, 4, 16, 18, generator=rng(0), dtype=torch.float64)
+    torch.testing.assert_close(up(x), up.conv(doubled(x)), atol=1e-12, rtol=1e-12)
+    grads = [torch.autograd.grad(out.square().sum(), up.conv.weight)[0] for out in (up(x), up.conv(doubled(x)))]
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-12)
+
+
+def test_resizing():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert torch.equal(doubled(x)[0, 0, :2, :4], torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1]]))
+    assert torch.equal(halved(x)[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dropout_keeps_its_share_and_the_mean(p, memory_format):
+    x = torch.ones(4, 32, 64, 64).contiguous(memory_format=memory_format).requires_grad_()
+    torch.manual_seed(0)
+    out = Dropout(p)(x * 1)
+    kept, n = out != 0, x.numel()
+    assert abs((~kept).double().mean() - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2**-16
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)))
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
+    # Neighbours in any direction are dropped independently of each other: the four draws of one word too.
+    for axis in range(4):
+        both = ((~kept).narrow(axis, 0, x.shape[axis] - 1) & (~kept).narrow(axis, 1, x.shape[axis] - 1)).double().mean()
+        assert abs(both - p * p) < 0.002, axis
+    torch.manual_seed(0)
+    assert torch.equal(Dropout(p)(x * 1), out) and not torch.equal(Dropout(p)(x * 1), out)
+    assert torch.equal(Dropout(p).eval()(x), x) and Dropout(p)(torch.ones(3, 1, 1, 1)).shape == (3, 1, 1, 1)
+
+
+def test_dropout_acts_in_training_where_it_does_in_diffusers(UNet2DModel, monkeypatch):
+    "Both networks are given the same masks: they are drawn here, from the shape and the number of the call."
+    drawn = []
+
+    def masked(layer, x):
+        drawn.append(x.shape)
+        keep = torch.rand(x.shape, generator=rng(len(drawn))) >= layer.p
+        return x * keep / (1 - layer.p) if layer.training else x
+
+    config = CONFIGS["scale-shift"] | dict(dropout=0.5)
+    theirs, mine = lively(UNet2DModel(**config)).train(), UNet(**config).train()
+    for layer in theirs.modules():
+        if isinstance(layer, nn.Dropout) and layer.p == 0:  # diffusers has one that does nothing in attention
+            layer.forward = lambda x: x
+    mine.load_state_dict(theirs.state_dict())
+    monkeypatch.setattr(nn.Dropout, "forward", masked)
+    monkeypatch.setattr(Dropout, "forward", masked)
+    a, shapes = theirs(images(config), 10).sample, drawn[:]
+    drawn.clear()
+    b = mine(images(config), 10)
+    assert drawn == shapes != []
+    torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mine.eval()(images(config), 10), b, atol=1e-2)
 
 
 def test_the_papers_network_has_the_published_number_of_parameters():
@@ -188,15 +321,19 @@ def test_blocks_start_as_the_identity():
         (dict(up_block_types=("UpBlock2D", "DownBlock2D")), "up_block_types .*'DownBlock2D'"),
         (dict(down_block_types=("DownBlock2D",)), "down_block_types must have one entry for each"),
         (dict(block_out_channels=()), "down_block_types must have one entry for each"),
-        (dict(downsample_padding=2), "downsample_padding must be 0 or 1, got 2"),
+        (dict(downsample_padding=2), "downsample_padding must be one of 0, 1; got 2"),
         (dict(dropout=1.0), "dropout must lie in"),
         (dict(layers_per_block=0), "layers_per_block must be a whole number above 0, got 0"),
         (dict(norm_num_groups=None), "norm_num_groups must be a whole number above 0, got None"),
         (dict(act_fn="gelu"), "act_fn='gelu' is not implemented"),
         (dict(time_embedding_type="fourier"), "time_embedding_type='fourier' is not implemented"),
-        (dict(resnet_time_scale_shift="scale_shift"), "resnet_time_scale_shift='scale_shift' is not implemented"),
-        (dict(num_class_embeds=10), "num_class_embeds=10 is not implemented"),
-        (dict(downsample_type="resnet"), "downsample_type='resnet' is not implemented"),
+        (dict(resnet_time_scale_shift="spatial"), "resnet_time_scale_shift must be one of 'default', 'scale_shift'"),
+        (dict(class_embed_type="projection"), "class_embed_type must be one of None, 'timestep', 'identity'; got"),
+        (dict(num_class_embeds=0), "num_class_embeds must be a whole number above 0, got 0"),
+        (dict(downsample_type="fir"), "downsample_type must be one of 'conv', 'resnet'; got 'fir'"),
+        (dict(upsample_type=None), "upsample_type must be one of 'conv', 'resnet'; got None"),
+        (dict(attn_norm_num_groups=8), "attn_norm_num_groups=8 is not implemented"),
+        (dict(mid_block_type=None), "mid_block_type=None is not implemented"),
         (dict(center_input_sample=True), "center_input_sample=True is not implemented"),
         (dict(layer_per_block=2), "UNet has no keyword layer_per_block"),
     ],
@@ -223,5 +360,95 @@ def test_images_that_do_not_fit_are_refused(shape, t, named):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="name must be one of digits, mnist, cifar10; got 'cifar'"):
+    with pytest.raises(ValueError, match="name must be one of digits, mnist, cifar10, celebahq256, lsun256; got"):
         UNet.from_preset("cifar")
+
+
+@pytest.mark.parametrize(
+    "change, given, named",
+    [
+        (dict(), torch.tensor([0, 1]), "class_labels must not be given to a network of class_embed_type=None, num_cl"),
+        (dict(num_class_embeds=10), None, "class_labels must be given to .* num_class_embeds=10"),
+        (dict(class_embed_type="timestep"), None, "class_labels must be given to .*'timestep'"),
+        (dict(num_class_embeds=10), torch.tensor([0, 10]), "class_labels must lie in 0 … 9, got 0 … 10"),
+        (dict(num_class_embeds=10), torch.tensor([-1, 1]), "class_labels must lie in 0 … 9, got -1 … 1"),
+        (dict(num_class_embeds=10), torch.tensor([0.0, 1.0]), r"class_labels must be \(2,\) integers, got \(2,\) of"),
+        (dict(num_class_embeds=10), torch.tensor([1]), r"class_labels must be \(2,\) integers, got \(1,\)"),
+        (dict(class_embed_type="identity"), torch.zeros(2, 16), r"class_labels must be \(2, 64\) numbers, got"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(change, given, named):
+    with pytest.raises(ValueError, match=named):
+        UNet(**(SMALL | change))(torch.zeros(2, 3, 16, 16), 0, given)
+
+
+def test_classes_matter():
+    net, x = lively(UNet(**SMALL, num_class_embeds=10)), images(SMALL)
+    with torch.no_grad():
+        one, other = (net(x, 5, torch.tensor([0, label])) for label in (1, 2))
+    assert torch.equal(one[0], other[0]) and not torch.allclose(one[1], other[1], atol=1e-3)
+
+
+def test_presets_have_their_training():
+    assert TRAINING.keys() == PRESETS.keys()
+    paper = TRAINING["cifar10"], TRAINING["celebahq256"], TRAINING["lsun256"]
+    assert [t["lr"] for t in paper] == [2e-4, 2e-5, 2e-5] and [t["batch_size"] for t in paper] == [128, 64, 64]
+    assert [t["steps"] for t in paper] == [800_000, 500_000, 2_400_000] and {t["ema"] for t in paper} == {0.9999}
+    assert [t["flip"] for t in paper] == [True, True, False]
+    assert [PRESETS[n].get("dropout", 0) for n in ("cifar10", "celebahq256", "lsun256")] == [0.1, 0, 0]
+    assert sum(p.numel() for p in UNet.from_preset("digits").parameters()) == 701_345  # what the demonstration trains
+
+
+# Memory and compilation.
+
+WIDE = dict(SMALL, sample_size=256, block_out_channels=(8, 8, 16, 16), norm_num_groups=4, dropout=0.1) | dict(
+    down_block_types=("DownBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D", "ResnetUpsampleBlock2D", "UpBlock2D"),
+)
+
+
+def step(net, x):
+    "The output and all gradients of one training step, and the bytes of activations kept for the backward pass."
+    held, own = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    net.zero_grad()
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = net(x, torch.tensor([7]))
+    total = sum(size for size, _ in held.values())
+    held.clear()
+    out.square().sum().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}, total
+
+
+def test_gradient_checkpointing_halves_the_activations_and_changes_nothing_else():
+    net, x = lively(UNet(**WIDE)).train(), images(WIDE, 1)
+    out, grads, kept = step(net, x)
+    net.gradient_checkpointing = True
+    frugal_out, frugal_grads, frugal_kept = step(net, x)
+    assert frugal_kept <= kept / 2
+    assert torch.equal(out, frugal_out)
+    assert all(torch.equal(grads[name], frugal_grads[name]) for name in grads)
+    torch.manual_seed(1)  # the comparison sees another dropout mask
+    assert not torch.equal(net(x, torch.tensor([7])), out)
+
+
+@pytest.mark.parametrize(
+    "name, mode", [("digits", "train"), ("from 16x16 up at once", "train"), ("classes, a table", "eval")]
+)
+def test_the_network_compiles_without_a_graph_break(name, mode):
+    net, x = getattr(lively(UNet(**CONFIGS[name] | dict(dropout=0.1))), mode)(), images(CONFIGS[name])
+    given = (x, torch.tensor([3, 977]), *labels(CONFIGS[name]))
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(mode == "train"):
+        assert torch._dynamo.explain(net)(*given).graph_break_count == 0
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        assert compiled(*given).shape == x.shape
+        net.eval()  # compiled, dropout draws other numbers
+        torch.testing.assert_close(compiled(*given), net(*given), atol=1e-6, rtol=1e-6)
