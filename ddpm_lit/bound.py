@@ -53,14 +53,14 @@ def prior_term(s: Schedule, x0: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
 
 
 def kl_term(
-    m: DDPM, x0: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t, clip: bool = True
+    m: DDPM, x0: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t, clip: bool | None = None
 ) -> Float[Tensor, "b"]:
     "L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_theta(x_{t-1} | x_t)) at one x_t, in nats; `t` is 1 … T-1 in code."
     return per_image(q_posterior(m.s, x0, x_t, t).kl(m.p_step(x_t, t, clip)))
 
 
 def decoder_term(
-    m: DDPM, x0: Float[Tensor, "b ..."], x_1: Float[Tensor, "b ..."], clip: bool = True
+    m: DDPM, x0: Float[Tensor, "b ..."], x_1: Float[Tensor, "b ..."], clip: bool | None = None
 ) -> Float[Tensor, "b"]:
     "L_0 = -log p_theta(x_0 | x_1) at one x_1, in nats, for `x0` of 8 bits (Ho et al. 2020, Eq. 13)."
     return -per_image(discretized_log_prob(m.p_step(x_1, 0, clip), x0))
@@ -77,7 +77,7 @@ class VlbTerms(NamedTuple):
 
 @torch.no_grad()
 def vlb_terms(
-    m: DDPM, x0: Float[Tensor, "b ..."], generator: torch.Generator | None = None, clip: bool = True
+    m: DDPM, x0: Float[Tensor, "b ..."], generator: torch.Generator | None = None, clip: bool | None = None
 ) -> VlbTerms:
     """Every term of the bound on -log p(x_0), with one draw of x_t for each image and each t, in bits/dim.
 

@@ -194,7 +194,8 @@ def exact_ddpm(
     """The `DDPM` whose network has learned all that can be learned of `data`: it predicts the conditional mean.
 
     With `variance` "learned" it also knows the optimal variance of every step, for which `floor` is needed
-    (`error_floor`). Computed in float64. `data` and `s` stay on the devices on which they are.
+    (`error_floor`). It clips nothing, since data may lie outside [-1, 1]. Computed in float64, on the device of `data`
+    and `s`, to which both must be brought before.
     """
     one_of("predicts", predicts, PREDICTS)
     one_of("variance", variance, VARIANCES)
@@ -209,7 +210,7 @@ def exact_ddpm(
         out = PREDICTS[predicts][1](s, x_t.double(), t, x0)
         return (out if floor is None else torch.cat([out, at(share, t, out).expand_as(out)], dim=1)).to(x_t)
 
-    return DDPM(net, s, predicts, variance)
+    return DDPM(net, s, predicts, variance, clip=False)
 
 # %% ../nbs/07_exact.ipynb #33
 @torch.no_grad()
