@@ -5,8 +5,18 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm_lit.ddpm import DDPM
+from ddpm_lit.exact import MixtureData, exact_ddpm
 from ddpm_lit.forward import linear_schedule
-from ddpm_lit.sampler import ancestral_plan, ancestral_sample, ddim_plan, ddim_sample, sample_steps, time_steps
+from ddpm_lit.sampler import (
+    ancestral_plan,
+    ancestral_sample,
+    ddim_invert,
+    ddim_plan,
+    ddim_sample,
+    limiter,
+    sample_steps,
+    time_steps,
+)
 from ddpm_lit.unet import UNet
 
 TINY = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -187,3 +197,83 @@ def test_a_broken_network_is_named():
     m = DDPM(lambda x, t: x * float("nan"), linear_schedule(5))
     with pytest.raises(ValueError, match="not finite"):
         ddim_sample(m, SHAPE, 2)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9, 0.995])
+def test_dynamic_thresholding_is_that_of_diffusers(quantile):
+    options = dict(thresholding=True, dynamic_thresholding_ratio=quantile, sample_max_value=1e9)
+    theirs = DDPMScheduler(1000, 1e-4, 0.02, **options)
+    x0 = 2 * torch.randn(6, 3, 8, 8, generator=rng(4), dtype=torch.float64)
+    x0[0] /= 10  # one that needs no threshold
+    expected = theirs._threshold_sample(x0.clone())
+    torch.testing.assert_close(limiter(quantile)(x0), expected)
+    assert torch.equal(expected[0], x0[0]) and not torch.allclose(limiter(True)(x0), expected)
+
+
+def test_dynamic_thresholding_is_applied_at_every_step():
+    m = model()
+    beliefs = []
+    ddim_sample(m, SHAPE, 10, generator=rng(5), clip=0.8, callback=lambda t, x, x0: beliefs.append(x0))
+    free = []
+    ddim_sample(m, SHAPE, 10, generator=rng(5), clip=False, callback=lambda t, x, x0: free.append(x0))
+    assert all(x0.abs().max() <= 1 for x0 in beliefs) and free[0].abs().max() > 1
+    torch.testing.assert_close(beliefs[0], limiter(0.8)(free[0]))
+
+
+@pytest.mark.parametrize("T", [10, 100, 1000])
+def test_quadratic_times_are_distinct_rise_end_with_the_last_and_are_dense_at_the_start(T):
+    for steps in (1, 2, 3, 7, T // 2, T):
+        times = time_steps(T, steps, "quadratic")
+        assert len(times) == steps and times[-1] == T - 1 and times[0] >= 0 and (times.diff() > 0).all()
+        assert times.double().mean() <= time_steps(T, steps).double().mean()
+    assert time_steps(1000, 10, "quadratic").tolist() == [9, 39, 89, 159, 249, 359, 489, 639, 809, 999]
+    assert ddim_plan(linear_schedule(), 10, 0.0, "quadratic").t.flip(0).tolist()[:3] == [9, 39, 89]
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+@pytest.mark.parametrize("spacing", ["linear", "quadratic"])
+def test_inversion_and_sampling_return_the_image(predicts, spacing):
+    m = exact_ddpm(MixtureData([0.5, 0.5], [[-0.5] * 4, [0.5, 0.2, 0.5, 0.2]], 0.04), linear_schedule(), predicts)
+    x0 = 0.5 + 0.1 * torch.randn(8, 1, 2, 2, generator=rng(6), dtype=torch.float64)
+    seen = {}
+    for passes in (1, 4, 30):
+        x_T = ddim_invert(m, x0, 100, passes, spacing=spacing)
+        back = ddim_sample(m, x0.shape, 100, x_T=x_T, spacing=spacing)
+        seen[passes] = (back - x0).abs().max().item()
+    assert seen[30] < 1e-8 and seen[4] < seen[1] / 5 and seen[1] < 0.1
+    assert 0.3 < x_T.std() < 3
+
+
+def test_a_large_request_is_drawn_in_batches():
+    x_T, sizes = torch.randn(7, 1, 8, 8, generator=rng(7), dtype=torch.float64), []
+    m = model()
+    whole = ddim_sample(m, x_T.shape, 5, x_T=x_T)
+    net = m.net
+    m.net = lambda x, t: sizes.append(len(x)) or net(x, t)
+    parts = ddim_sample(m, x_T.shape, 5, x_T=x_T, batch_size=3)
+    assert sizes == [3] * 10 + [1] * 5
+    torch.testing.assert_close(parts, whole)
+    sizes.clear()
+    drawn = ancestral_sample(m, x_T.shape, x_T, rng(8), steps=4, batch_size=2)
+    again = ancestral_sample(m, x_T.shape, x_T, rng(8), steps=4, batch_size=2)
+    assert torch.equal(drawn, again) and max(sizes) == 2
+    sizes.clear()
+    wide = DDPM(lambda x, t: sizes.append(len(x)) or 0 * x, linear_schedule())
+    ddim_sample(wide, (5, 3, 512, 512), 1)
+    assert sizes == [1] * 5, "without batch_size: so many that they have 2^20 numbers"
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda m: ddim_sample(m, SHAPE, clip=1.5), "clip"),
+        (lambda m: ancestral_sample(m, SHAPE, clip=0.0), "clip"),
+        (lambda m: ddim_sample(m, SHAPE, spacing="cubic"), "spacing"),
+        (lambda m: ddim_sample(m, SHAPE, batch_size=0), "batch_size"),
+        (lambda m: ddim_invert(m, torch.zeros(SHAPE), passes=0), "passes"),
+        (lambda m: ddim_invert(m, torch.zeros(SHAPE), steps=1001), "steps"),
+    ],
+)
+def test_more_of_what_cannot_be_is_refused_by_name(call, word):
+    with pytest.raises(ValueError, match=f"^{word} must be"):
+        call(model())

@@ -137,7 +137,8 @@ def calls(folder: Path) -> None:
     for variance in d.VARIANCES:
         m = d.DDPM.from_pretrained(folder / variance)
         d.ancestral_sample(m, x0.shape, generator=draw), d.ancestral_sample(m, x0.shape, eps, steps=3)
-    d.ddim_sample(m, x0.shape, 3), d.ddim_sample(m, x0.shape, 3, 1.0, eps, draw)
+    d.ddim_sample(m, x0.shape, 3), d.ddim_sample(m, x0.shape, 3, 1.0, eps, draw, clip=0.9, batch_size=1)
+    d.ddim_invert(d.DDPM.from_pretrained(folder / "beta"), x0, 3, 2), d.limiter(True)(x0), d.limiter(0.9)(x0)
 
     # 12 evaluation
     features = d.ClassifierFeatures(few, held_out=30)
