@@ -5,7 +5,6 @@ run, from top to bottom, without an error or a warning; that the files are small
 were run on; that `ddpm_lit/` has not been edited by hand.
 """
 
-import ast
 import json
 import re
 import shutil
@@ -34,12 +33,6 @@ def said(cell) -> str:
     return "\n".join(texts)
 
 
-def is_one_class(source: str) -> bool:
-    "Whether a cell defines one class and nothing else: it cannot be divided, so it may be longer."
-    defined = [line for line in ast.parse(source).body if not isinstance(line, ast.Import | ast.ImportFrom)]
-    return len(defined) == 1 and isinstance(defined[0], ast.ClassDef)
-
-
 def faults(path: Path) -> list[str]:
     "Every rule of the book that the notebook breaks."
     nb = nbformat.read(path, 4)
@@ -66,8 +59,7 @@ def faults(path: Path) -> list[str]:
         rule(set(cell.metadata) <= {"tags", "lines_to_next_cell"}, f"has metadata {', '.join(cell.metadata)}: {head}")
     for source in exported:
         lines = [line for line in source.split("\n") if not line.startswith("#|")]
-        most = 110 if is_one_class(source) else 60
-        rule(len(lines) <= most, f"exports {len(lines)} lines in one cell, more than {most}: {lines[0]}")
+        rule(len(lines) <= 60, f"exports {len(lines)} lines in one cell, more than 60: {lines[0]}")
     rule(set(nb.metadata) == {"kernelspec"}, f"has metadata {', '.join(sorted(nb.metadata))}")
     rule(nb.metadata.get("kernelspec", {}).get("name") == "python3", "does not ask for the kernel python3")
     rule(len(ignored) <= len(code) / 10, f"hides {len(ignored)} of {len(code)} cells from nbval, more than a tenth")
@@ -122,7 +114,6 @@ BREAKS = {
     "exports itself": lambda nb: nb.cells[4].update(source="import nbdev; nbdev.nbdev_export()"),
     "has metadata execution": lambda nb: nb.cells[4].metadata.update(execution={"iopub": "2026"}),
     "more than 60": lambda nb: nb.cells[2].update(source="#| export\n" + "x = 1\n" * 61),
-    "more than 110": lambda nb: nb.cells[2].update(source="#| export\nclass C:\n" + "    x = 1\n" * 110),
     "has metadata kernelspec, widgets": lambda nb: nb.metadata.update(widgets={}),
     "kernel python3": lambda nb: nb.metadata.kernelspec.update(name="mine"),
     "more than a tenth": lambda nb: nb.cells[4].update(source="# NBVAL_IGNORE_OUTPUT\nprint(1)"),

@@ -131,7 +131,10 @@ def calls(folder: Path) -> None:
     # 10 training
     config = d.TrainConfig(steps=2, batch_size=4, out=str(folder / "run"), progress=False)
     trainer = d.Trainer(m, few, config)
-    trainer.fit(), trainer.rescue(), d.DDPM.from_pretrained(d.model_folder(folder / "run"))
+    trainer.fit(), trainer.log.add(1, torch.tensor(0.5)), d.DDPM.from_pretrained(d.model_folder(folder / "run"))
+
+    with d.own_randomness(0, torch.device("cpu")), d.advice(config, None):
+        pass
 
     # 11 sampling
     for variance in d.VARIANCES:
