@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'RECIPES', 'SCHEDULES', 'FORMS', 'image_shape', 'Sampling', 'best_device', 'open_run', 'Typed', 'Train',
-           'whole', 'Parts', 'Pictures', 'save_npz', 'fingerprint', 'save_film', 'Sample', 'Evaluate', 'distances',
-           'table', 'Demo', 'versions', 'plot_losses', 'findings', 'recipe_of', 'complain', 'main']
+           'whole', 'Parts', 'Pictures', 'save_npz', 'fingerprint', 'save_film', 'draw_missing', 'draw_way',
+           'destination', 'Sample', 'Evaluate', 'distances', 'table', 'Demo', 'versions', 'plot_losses', 'findings',
+           'recipe_of', 'complain', 'main']
 
 # %% ../nbs/13_command_line.ipynb #3
 import contextlib
@@ -98,7 +99,7 @@ class Sampling:
             x = ddim_sample(m, shape, steps, self.eta, x_T, **told)
         return to_pixels(x).cpu()
 
-
+# %% ../nbs/13_command_line.ipynb #7
 def best_device() -> torch.device:
     "A GPU where there is one, else the CPU."
     return quiet_accelerate().PartialState().device
@@ -108,7 +109,7 @@ def open_run(run: Path) -> DDPM:
     "The model in the folder of a run, on the best device."
     return DDPM.from_pretrained(model_folder(run)).to(best_device())
 
-# %% ../nbs/13_command_line.ipynb #10
+# %% ../nbs/13_command_line.ipynb #11
 RECIPES = {
     name: dict(training, out=f"runs/{name}", save_every=10_000 if training["steps"] > 100_000 else 1000)
     for name, training in TRAINING.items()
@@ -125,7 +126,7 @@ class Typed(TrainConfig):
     def checked(self) -> TrainConfig:
         return TrainConfig(**asdict(self))
 
-# %% ../nbs/13_command_line.ipynb #11
+# %% ../nbs/13_command_line.ipynb #12
 @dataclass(frozen=True)
 class Train:
     """Train a model and write it into a folder, from which `sample` and `evaluate` read it."""
@@ -171,7 +172,7 @@ class Train:
         print(f"{images!r}: {config.steps} steps, loss {losses[-50:].mean():.4f}")
         print(f"The model is in {config.out}. Try: ddpm_lit sample {config.out} -n 64 --out samples.png")
 
-# %% ../nbs/13_command_line.ipynb #13
+# %% ../nbs/13_command_line.ipynb #14
 @contextlib.contextmanager
 def whole(path: Path):
     "The name of a draft; once it is written without an error it takes the place of `path`, else it is removed."
@@ -182,7 +183,7 @@ def whole(path: Path):
     finally:
         draft.unlink(missing_ok=True)
 
-# %% ../nbs/13_command_line.ipynb #16
+# %% ../nbs/13_command_line.ipynb #17
 class Parts:
     """The drawn batches of a request, each an array in a file of `folder`; `request.json` says what was asked for.
 
@@ -237,7 +238,7 @@ class Parts:
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "n c h w"]]:
         return (np.load(self.path(i)) for i in range(len(self.sizes)))
 
-# %% ../nbs/13_command_line.ipynb #18
+# %% ../nbs/13_command_line.ipynb #19
 class Pictures(Parts):
     "The same with a file for every image, 00000.png and so on, each with its own pixels and no frame."
 
@@ -272,7 +273,7 @@ def save_npz(path: Path, parts: Parts) -> None:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(part.tobytes())
 
-# %% ../nbs/13_command_line.ipynb #22
+# %% ../nbs/13_command_line.ipynb #23
 def fingerprint(folder: Path) -> str:
     "Twelve letters that change with the model in `folder`, and not with the state of its training beside it."
     seen = hashlib.sha256()
@@ -283,7 +284,7 @@ def fingerprint(folder: Path) -> str:
                 seen.update(hashlib.file_digest(file, "sha256").digest())
     return seen.hexdigest()[:12]
 
-# %% ../nbs/13_command_line.ipynb #25
+# %% ../nbs/13_command_line.ipynb #26
 def save_film(path: Path, frames: UInt8[Tensor, "k n c h w"]) -> None:
     "`frames` of n images as a film, if `path` ends in .gif (ten frames a second, the last for two), else as a strip."
     from PIL import Image
@@ -298,11 +299,73 @@ def save_film(path: Path, frames: UInt8[Tensor, "k n c h w"]) -> None:
         duration, opened = [100] * (len(files) - 1) + [2000], map(Image.open, files)  # one by one: there may be many
         next(opened).save(draft, format="GIF", save_all=True, append_images=opened, duration=duration, loop=0)
 
-# %% ../nbs/13_command_line.ipynb #28
-FORMS = {"grid": ("samples.png", ".png"), "npz": ("samples.npz", ".npz"), "png": ("samples", "no ending")}
-FORMS |= {"film": ("film.gif", ".gif or .png")}
+# %% ../nbs/13_command_line.ipynb #29
+def draw_missing(sampling: Sampling, m: DDPM, parts: Parts) -> None:
+    "Draw the batches that `parts` lack. What is drawn stays, whatever happens; an error is told to say so."
+    from tqdm import tqdm
+
+    n, missing, quiet, steps = sum(parts.sizes), parts.missing(), replace(sampling, progress=False), sampling.calls(m)
+    hidden = not (sampling.progress and missing)
+    try:
+        with tqdm(total=len(missing) * steps, desc="sampling", unit="step", disable=hidden) as bar:
+            for i in missing:
+                parts.keep(i, quiet.draw(m, parts.sizes[i], i, lambda k, x: bar.update(k > 0)))
+    except BaseException as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error.add_note(f"try a --batch-size below {parts.sizes[0]}")
+        kept = n - sum(parts.sizes[i] for i in parts.missing())
+        if kept:
+            error.add_note(f"{kept} of {n} images are kept in {parts.folder}; the same command goes on there")
+        raise
 
 
+def draw_way(sampling: Sampling, m: DDPM, sizes: list[int], every: int) -> UInt8[Tensor, "k n c h w"]:
+    "The images of batches of `sizes` as they are at first, after each `every` steps, and in the end."
+    steps, pictures = sampling.calls(m), {}
+    if not 1 <= every <= steps:
+        raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {every}")
+
+    def look(k: int, x: Tensor) -> None:
+        if k % every == 0 or k == steps:
+            pictures.setdefault(k, []).append(to_pixels(x).cpu())
+
+    for i, size in enumerate(sizes):
+        sampling.draw(m, size, i, look)
+    return torch.stack([torch.cat(batches) for batches in pictures.values()])
+
+# %% ../nbs/13_command_line.ipynb #32
+FORMS = {
+    "grid": ("samples.png", ".png", 4096),
+    "npz": ("samples.npz", ".npz", None),
+    "png": ("samples", "", None),
+    "film": ("film.gif", ".gif or .png", 64),
+}
+
+
+def destination(out: Path | None, form: str | None, every: int | None, n: int) -> tuple[str, Path]:
+    """What is to be written, one of `FORMS`, and where, with the defaults filled in; the folder is made.
+
+    `ValueError` where that cannot be: an ending of something else, too many images, no permission.
+    """
+    told = form or ("npz" if out is not None and out.suffix == ".npz" else "grid")
+    if every is not None and told != "grid":
+        raise ValueError(f"every makes one picture of the whole way: it cannot go with {told}")
+    told = told if every is None else "film"
+    default, endings, most = FORMS[told]
+    path = out or Path(default)
+    if told == "png":
+        if path.suffix in (".png", ".npz", ".gif") or path.is_file():
+            raise ValueError(f"out must be a folder where each image gets a file, got {str(path)!r}")
+    elif path.suffix not in endings.split(" or ") or path.is_dir():
+        either = " or .npz" if told == "grid" and form is None else ""
+        raise ValueError(f"out must be a file that ends in {endings}{either}, got {str(path)!r}")
+    if most and n > most:
+        hint = ": --format npz or png takes any number" if told == "grid" else ""
+        raise ValueError(f"n must be at most {most} for a {told}, got {n}{hint}")
+    writable_folder(path if told == "png" else path.parent)
+    return told, path
+
+# %% ../nbs/13_command_line.ipynb #35
 @dataclass(frozen=True)
 class Sample:
     """Draw images from a trained model. Interrupted, it goes on where it stopped when the same is asked for again."""
@@ -321,88 +384,32 @@ class Sample:
     every: int | None = None
     """show the way from noise, each so many steps: as a film (.gif), or a strip with a row for each image (.png)"""
 
-    def destination(self) -> tuple[str, Path]:
-        "What is to be written, one of `FORMS`, and where. `ValueError` where that cannot be."
-        ending = "" if self.out is None else self.out.suffix
-        form = self.format or ("npz" if ending == ".npz" else "grid")
-        if self.every is not None:
-            if form != "grid":
-                raise ValueError(f"every makes one picture of the whole way: it cannot go with {form}")
-            form = "film"
-        default, endings = FORMS[form]
-        out = self.out or Path(default)
-        if form == "png" and (out.suffix in (".png", ".npz", ".gif") or out.is_file()):
-            raise ValueError(f"out must be a folder for a file for each image, got {str(out)!r}")
-        if form != "png" and (out.suffix not in endings.split(" or ") or out.is_dir()):
-            hint = "" if form != "grid" or self.format else " or .npz"
-            raise ValueError(f"out must end in {endings}{hint}, got {str(out)!r}")
-        most = {"grid": 4096, "film": 64}.get(form, self.n)
-        if self.n > most:
-            hint = ": --format npz or png takes any number" if form == "grid" else ""
-            raise ValueError(f"n must be at most {most} for a {form}, got {self.n}{hint}")
+    def run(self) -> None:
         for name in ("n", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        writable_folder(out if form == "png" else out.parent)
-        return form, out
-
-    def run(self) -> None:
-        form, out = self.destination()
+        form, out = destination(self.out, self.format, self.every, self.n)
         m = open_run(self.run_folder)
+        asked = asdict(self.sampling) | dict(steps=self.sampling.calls(m), n=self.n, batch_size=self.batch_size)
+        asked["model"] = fingerprint(model_folder(self.run_folder))
+        del asked["progress"]
+        parts = Pictures(out, asked) if form == "png" else Parts(out.with_name(out.name + ".parts"), asked)
         if form == "film":
-            frames = self.film(m)
+            frames = draw_way(self.sampling, m, parts.sizes, self.every)
             save_film(out, frames)
             print(f"The way of {self.n} images, in {len(frames)} pictures, is in {out}.")
             return
-        request = asdict(self.sampling) | dict(steps=self.sampling.calls(m), batch_size=self.batch_size, n=self.n)
-        del request["progress"]
-        request["model"] = fingerprint(model_folder(self.run_folder))
-        if form == "png":
-            self.fill(m, Pictures(out, request))
-        else:
-            parts = Parts(out.with_name(out.name + ".parts"), request)
-            self.fill(m, parts)
-            if form == "npz":
-                save_npz(out, parts)
-            else:
-                with whole(out) as draft:
-                    save_grid(draft, torch.from_numpy(np.concatenate(list(parts))))
+        draw_missing(self.sampling, m, parts)
+        if form == "npz":
+            save_npz(out, parts)
+        elif form == "grid":
+            with whole(out) as draft:
+                save_grid(draft, torch.from_numpy(np.concatenate(list(parts))))
+        if form != "png":
             shutil.rmtree(parts.folder)
         print(f"{self.n} images are in {out}.")
 
-    def fill(self, m: DDPM, parts: Parts) -> None:
-        "Draw the batches that `parts` lack. What is drawn stays, whatever happens; an error then says so."
-        from tqdm import tqdm
-
-        quiet, missing, steps = replace(self.sampling, progress=False), parts.missing(), self.sampling.calls(m)
-        hidden = not (self.sampling.progress and missing)
-        try:
-            with tqdm(total=len(missing) * steps, desc="sampling", unit="step", disable=hidden) as bar:
-                for i in missing:
-                    parts.keep(i, quiet.draw(m, parts.sizes[i], i, lambda k, x: bar.update(k > 0)))
-        except BaseException as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                error.add_note(f"try a --batch-size below {self.batch_size}")
-            kept = self.n - sum(parts.sizes[i] for i in parts.missing())
-            if kept:
-                error.add_note(f"{kept} of {self.n} images are kept in {parts.folder}; the same command goes on there")
-            raise
-
-    def film(self, m: DDPM) -> UInt8[Tensor, "k n c h w"]:
-        "The images as they are at first, after each `every` steps, and in the end."
-        steps, pictures = self.sampling.calls(m), {}
-        if not 1 <= self.every <= steps:
-            raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {self.every}")
-
-        def look(k: int, x: Tensor) -> None:
-            if k % self.every == 0 or k == steps:
-                pictures.setdefault(k, []).append(to_pixels(x).cpu())
-
-        for i, first in enumerate(range(0, self.n, self.batch_size)):
-            self.sampling.draw(m, min(self.batch_size, self.n - first), i, look)
-        return torch.stack([torch.cat(batches) for batches in pictures.values()])
-
-# %% ../nbs/13_command_line.ipynb #29
+# %% ../nbs/13_command_line.ipynb #36
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a trained model: Fréchet distance of its samples to real images and, if asked for, bits/dim."""
@@ -439,7 +446,7 @@ class Evaluate:
         print(table(results))
         print(f"These numbers are in {out}.")
 
-# %% ../nbs/13_command_line.ipynb #31
+# %% ../nbs/13_command_line.ipynb #38
 def distances(images: Images, samples: UInt8[Tensor, "n c h w"], seed: int = 0) -> dict:
     "Fréchet distance of `samples` to `images` and, for scale, of real images held out and of uniform noise."
     features = ClassifierFeatures(images)
@@ -464,7 +471,7 @@ def table(results: dict, indent: str = "") -> str:
             lines.append(f"{indent}{name:<{26 - len(indent)}}{shown}")
     return "\n".join(lines)
 
-# %% ../nbs/13_command_line.ipynb #33
+# %% ../nbs/13_command_line.ipynb #40
 @dataclass(frozen=True)
 class Demo:
     """Train on real handwritten digits for about a minute, draw 500 new ones, and measure them."""
@@ -519,7 +526,7 @@ def versions() -> dict[str, str]:
     "What the numbers were made with."
     return {"ddpm_lit": ddpm_lit.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
-# %% ../nbs/13_command_line.ipynb #34
+# %% ../nbs/13_command_line.ipynb #41
 def plot_losses(path: Path, losses) -> None:
     "Draw the loss of every step, and its mean over 25 of them, into a PNG file."
     from matplotlib.figure import Figure
@@ -552,7 +559,7 @@ Try next:
   ddpm_lit evaluate {out} --bpd 32
   ddpm_lit train --preset digits --steps 3000 --out runs/longer"""
 
-# %% ../nbs/13_command_line.ipynb #36
+# %% ../nbs/13_command_line.ipynb #43
 def recipe_of(args: Sequence[str]) -> Train:
     "`Train` with the defaults of the preset that `args` ask for, so that `--help` shows the values that will be used."
     words = [part for word in args for part in word.split("=", 1)]
