@@ -275,7 +275,7 @@ def save_npz(path: Path, parts: Parts) -> None:
 
 # %% ../nbs/13_command_line.ipynb #23
 def fingerprint(folder: Path) -> str:
-    "Twelve letters that change with the model in `folder`, and not with the state of its training beside it."
+    "Twelve hexadecimal digits that change with the model in `folder`, not with the state of its training beside it."
     seen = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith("training."):
