@@ -99,7 +99,7 @@ class Sampling:
             x = ddim_sample(m, shape, steps, self.eta, x_T, **told)
         return to_pixels(x).cpu()
 
-# %% ../nbs/13_command_line.ipynb #7
+# %% ../nbs/13_command_line.ipynb #9
 def best_device() -> torch.device:
     "A GPU where there is one, else the CPU."
     return quiet_accelerate().PartialState().device
