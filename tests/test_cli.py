@@ -1,8 +1,12 @@
 """The command line end to end on a tiny run: what it writes, what it refuses, with which exit code."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from ddpm_lit import cli
 from ddpm_lit.data import load_images, save_grid
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.evaluate import ClassifierFeatures
+from ddpm_lit.sampler import ancestral_sample, ddim_sample
 
 QUIET = ["--no-progress"]
 
@@ -79,6 +84,282 @@ def test_sample_writes_a_grid_into_a_new_folder(demo, tmp_path):
     assert out.read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
+def test_one_batch_is_drawn_by_the_sampler_with_the_seed_itself(demo):
+    m = cli.open_run(demo)
+    generator = torch.Generator().manual_seed(3)
+    expected = cli.to_pixels(ddim_sample(m, (5, 1, 8, 8), 4, 0.5, generator=generator))
+    assert torch.equal(cli.Sampling("ddim", 4, 0.5, seed=3, progress=False).draw(m, 5), expected)
+    generator = torch.Generator().manual_seed(3)
+    expected = cli.to_pixels(ancestral_sample(m, (5, 1, 8, 8), generator=generator, steps=4))
+    drawing = cli.Sampling("ancestral", 4, seed=3, progress=False)
+    assert torch.equal(drawing.draw(m, 5), expected)
+    assert not torch.equal(drawing.draw(m, 5, batch=1), expected)
+    assert not torch.equal(drawing.draw(m, 5, batch=1), replace(drawing, seed=4).draw(m, 5))
+
+
+# An interrupted request. Ten images in batches of 4, 3 steps each: 9 calls of the network.
+
+TEN = ["-n", "10", "--batch-size", "4", "--steps", "3"]
+FORMS = {"npz": "ten.npz", "grid": "ten.png", "png": "ten"}
+
+
+@pytest.fixture
+def asking(demo, tmp_path, monkeypatch):
+    "A function that runs `ddpm_lit sample`; it returns the exit code and how often the network was called."
+    whole = cli.open_run
+
+    def ask(name, *words, form=None, run=demo, ten=TEN, event=None, at=None, quiet=QUIET):
+        calls = 0
+
+        def called(net, args, out):
+            nonlocal calls
+            calls += 1
+            return event(out) if calls == at else out
+
+        def opened(folder):
+            m = whole(folder)
+            m.net.register_forward_hook(called)
+            return m
+
+        monkeypatch.setattr(cli, "open_run", opened)
+        forms = ["--format", form] if form else []
+        return cli.main(["sample", str(run), *ten, "--out", str(tmp_path / name), *forms, *quiet, *words]), calls
+
+    return ask
+
+
+def nan(out):
+    return out * float("nan")
+
+
+def fail_with(error):
+    def fail(out):
+        raise error
+
+    return fail
+
+
+def content(path):
+    "The bytes of a file, or of all files in a folder, by name; no draft is among them."
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    assert not [file for file in files if file.name.startswith(".")]
+    return [(file.name if path.is_dir() else "", file.read_bytes()) for file in files]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_drawn_is_kept_and_never_drawn_again(form, asking, tmp_path, capsys):
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / FORMS[form]
+    undisturbed.mkdir()
+    assert asking(undisturbed / FORMS[form], form=form) == (0, 9)
+    parts = out if form == "png" else tmp_path / f"{FORMS[form]}.parts"
+
+    assert asking(FORMS[form], form=form, event=nan, at=7) == (2, 9)
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "not finite" in told
+    assert f"8 of 10 images are kept in {parts}; the same command goes on there" in told
+    assert len(list(parts.glob("*.png" if form == "png" else "*.npy"))) == (8 if form == "png" else 2)
+    assert form == "png" or not out.exists()
+
+    assert asking(FORMS[form], form=form, event=fail_with(KeyboardInterrupt()), at=2) == (130, 2)
+    told = capsys.readouterr().err
+    assert told.startswith("ddpm_lit: interrupted; 8 of 10 images are kept") and len(told.splitlines()) == 1
+
+    assert asking(FORMS[form], form=form) == (0, 3)
+    assert content(out) == content(undisturbed / FORMS[form])
+    assert form == "png" or not parts.exists()
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_is(asking, tmp_path, capsys):
+    assert asking("x.npz", event=nan, at=2) == (2, 3)
+    assert "kept" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error,said",
+    [(OSError("the disk is full"), "the disk is full"), (torch.OutOfMemoryError("no room"), "a --batch-size below 4")],
+)
+def test_a_machine_that_gives_in_ends_with_1_and_what_is_kept(error, said, asking, capsys):
+    assert asking("x.npz", event=fail_with(error), at=4) == (1, 4)
+    told = capsys.readouterr().err
+    assert said in told and "4 of 10 images are kept" in told and len(told.splitlines()) == 1
+
+
+def test_a_batch_cut_short_is_drawn_again(asking, tmp_path):
+    assert asking("whole.npz") == (0, 9)
+    for length in (None, 0, 40, -1):
+        assert asking("x.npz", event=nan, at=7)[0] == 2
+        part = tmp_path / "x.npz.parts" / "00001.npy"
+        part.unlink() if length is None else part.write_bytes(part.read_bytes()[:length])
+        assert asking("x.npz") == (0, 6)
+        assert content(tmp_path / "x.npz") == content(tmp_path / "whole.npz")
+
+    assert asking("pictures", form="png") == (0, 9)
+    expected = content(tmp_path / "pictures")
+    for name in ("00000", "00009"):
+        picture = tmp_path / "pictures" / f"{name}.png"
+        picture.write_bytes(picture.read_bytes()[:-1])
+    assert asking("pictures", form="png") == (0, 6)
+    assert content(tmp_path / "pictures") == expected
+    assert asking("pictures", form="png") == (0, 0)
+
+
+def test_images_of_another_request_are_not_mixed_in(asking, tmp_path, capsys):
+    others = {
+        "seed 0 and not 1": ["--seed", "1"],
+        "steps 3 and not 4": ["--steps", "4"],
+        "eta 0.0 and not 1.0": ["--eta", "1"],
+        "sampler ddim and not ancestral": ["--sampler", "ancestral"],
+        "batch_size 4 and not 3": ["--batch-size", "3"],
+        "n 10 and not 9": ["-n", "9"],
+        "steps 3 and not 4, seed 0 and not 1": ["--seed", "1", "--steps", "4"],
+    }
+    for name, form in (("x.npz", None), ("pictures", "png")):
+        asking(name, form=form, event=nan, at=7)
+        folder = tmp_path / ("pictures" if form else "x.npz.parts")
+        before = content(folder)
+        capsys.readouterr()
+        for differs, words in others.items():
+            assert asking(name, *words, form=form) == (2, 0)
+            told = capsys.readouterr().err
+            assert f"{folder} holds images drawn with {differs}: delete it" in told and len(told.splitlines()) == 1
+            assert content(folder) == before
+        assert asking(name, form=form) == (0, 3)
+
+
+def test_images_of_another_model_are_not_mixed_in(demo, asking, tmp_path, capsys):
+    asking("x.npz", event=nan, at=7)
+    shutil.copytree(demo, tmp_path / "copy")
+    shutil.copytree(demo, tmp_path / "trained")
+    m = DDPM.from_pretrained(tmp_path / "trained" / "model")
+    with torch.no_grad():
+        next(m.net.parameters()).add_(1e-3)
+    m.save_pretrained(tmp_path / "trained" / "model")
+    capsys.readouterr()
+    assert asking("x.npz", run=tmp_path / "trained") == (2, 0)
+    assert "holds images drawn with model " in capsys.readouterr().err
+    (tmp_path / "copy" / "model" / "training.json").write_text("{}")
+    assert asking("x.npz", run=tmp_path / "copy") == (0, 3), "the same model in another place is the same"
+
+
+@pytest.mark.parametrize("record", ["", "[]", "3", '{"n": "ten"}'])
+def test_a_record_that_is_none_is_refused(record, asking, tmp_path, capsys):
+    asking("x.npz", event=nan, at=7)
+    (tmp_path / "x.npz.parts" / "request.json").write_text(record)
+    assert asking("x.npz") == (2, 0)
+    assert "x.npz.parts holds images drawn with" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_pictures_is_left_alone(asking, tmp_path, capsys):
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "00000.png").write_bytes(b"the sea")
+    assert asking("holiday", form="png") == (2, 0)
+    assert "of unknown origin" in capsys.readouterr().err
+    assert content(folder) == [("00000.png", b"the sea")]
+
+
+def test_a_larger_n_goes_on(asking, tmp_path):
+    assert asking("more", form="png") == (0, 9)
+    assert asking("more", "-n", "13", form="png") == (0, 6), "the third batch was not full"
+    assert asking("once", "-n", "13", form="png") == (0, 12)
+    assert content(tmp_path / "more") == content(tmp_path / "once")
+    asking("x.npz", event=nan, at=7)
+    assert asking("x.npz", "-n", "13") == (0, 6)
+    few = cli.Parts(tmp_path / "parts", dict(n=10, batch_size=4))
+    few.keep(2, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert few.missing() == [0, 1] and cli.Parts(few.folder, dict(n=11, batch_size=4)).missing() == [0, 1, 2]
+    images = [np.asarray(Image.open(tmp_path / "once" / f"{k:05d}.png")) for k in range(13)]
+    assert torch.equal(load_images(tmp_path / "x.npz").pixels[:, 0], torch.from_numpy(np.stack(images)))
+
+
+def test_pictures_in_colour_are_the_images(tmp_path):
+    pixels = torch.randint(256, (3, 3, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pictures = cli.Pictures(tmp_path / "new", dict(n=3, batch_size=3))
+    pictures.keep(0, pixels)
+    for k in range(3):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / f"{k:05d}.png")), pixels[k].permute(1, 2, 0))
+
+
+def test_a_killed_process_loses_only_the_batch_that_it_was_drawing(demo, asking, tmp_path):
+    many = ["-n", "24", "--batch-size", "1", "--steps", "10"]
+    words = ["sample", str(demo), *many, "--out", str(tmp_path / "x.npz"), *QUIET]
+    process, parts = subprocess.Popen([sys.executable, "-m", "ddpm_lit", *words]), tmp_path / "x.npz.parts"
+    while process.poll() is None and len(list(parts.glob("0*.npy"))) < 3:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    kept = len(list(parts.glob("0*.npy")))
+    assert 3 <= kept < 24 and not (tmp_path / "x.npz").exists()
+    assert asking("x.npz", ten=many) == (0, 10 * (24 - kept))
+    assert asking("undisturbed.npz", ten=many) == (0, 240)
+    assert content(tmp_path / "x.npz") == content(tmp_path / "undisturbed.npz")
+
+
+def test_joining_needs_the_memory_of_few_parts(tmp_path):
+    parts = cli.Parts(tmp_path / "parts", dict(n=20, batch_size=1))
+    for i in range(20):
+        parts.keep(i, torch.full((1, 1, 1000, 1000), i, dtype=torch.uint8))
+    tracemalloc.start()
+    cli.save_npz(tmp_path / "x.npz", parts)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 5e6, "of 20 million bytes"
+    assert torch.equal(load_images(tmp_path / "x.npz").pixels[:, 0, 999, 0], torch.arange(20, dtype=torch.uint8))
+
+
+def test_the_bar_counts_the_steps_that_are_left(asking, capsys):
+    asking("x.npz", event=nan, at=7)
+    capsys.readouterr()
+    assert asking("x.npz", quiet=[]) == (0, 3)
+    assert "3/3" in capsys.readouterr().err
+    assert asking("y.npz", "--steps", "0", quiet=[]) == (2, 0)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_film_shows_the_way_from_the_noise_to_the_grid(asking, tmp_path):
+    four = ["-n", "4", "--steps", "7"]
+    assert asking("grid.png", ten=four) == (0, 7)
+    assert asking("way.gif", "--every", "3", ten=four) == (0, 7)
+    assert asking("way.png", "--every", "3", ten=four) == (0, 7)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    with Image.open(tmp_path / "way.gif") as film:
+        seen = []
+        for k in range(film.n_frames):
+            film.seek(k)
+            seen.append((film.info["duration"], np.array(film.convert("L"))))
+        assert film.info["loop"] == 0
+    assert [duration for duration, _ in seen] == [100, 100, 100, 2000], "steps 0, 3, 6 and 7"
+    assert np.array_equal(seen[-1][1], grid)
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    save_grid(tmp_path / "noise.png", cli.to_pixels(noise))
+    assert np.array_equal(seen[0][1], np.asarray(Image.open(tmp_path / "noise.png")))
+
+    strip = np.asarray(Image.open(tmp_path / "way.png"))
+    cell = 9 * 8  # eight pixels and a line, enlarged by eight
+    assert strip.shape == (4 * cell - 8, 4 * cell - 8)
+    for i in range(4):
+        for k in range(4):
+            there = strip[i * cell : i * cell + 64, k * cell : k * cell + 64]
+            row, column = divmod(i, 2)
+            assert np.array_equal(there, seen[k][1][row * cell :, column * cell :][:64, :64]), (i, k)
+
+
+def test_a_film_in_batches_shows_the_images_of_the_batches(asking, tmp_path):
+    assert asking("ten.npz") == (0, 9)
+    assert asking("ten.png", "--every", "3") == (0, 9)
+    save_grid(tmp_path / "last.png", load_images(tmp_path / "ten.npz").pixels, columns=1)
+    strip, last = (np.asarray(Image.open(tmp_path / name)) for name in ("ten.png", "last.png"))
+    assert np.array_equal(strip[:, -64:], last)
+
+
+@pytest.mark.parametrize("form,name", [("png", "samples"), ("npz", "samples.npz"), ("grid", "samples.png")])
+def test_without_out_the_name_is_that_of_the_format(form, name, demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", str(demo), "-n", "2", "--steps", "1", "--format", form, *QUIET]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_evaluate_writes_and_shows_its_numbers(tmp_path, capsys):
     run, out = str(tmp_path / "run"), tmp_path / "e.json"
     assert cli.main(["train", "--steps", "1", "--T", "5", "--beta-T", "0.5", "--out", run, *QUIET]) == 0
@@ -140,7 +421,23 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, monkeypatch, wo
         (["sample", "--eta", "1.5"], "eta must lie in [0, 1]"),
         (["sample", "-n", "0"], "n must be at least 1"),
         (["sample", "--seed", "-1"], "seed must"),
-        (["sample", "--out", "grid.bmp"], "must end in .png or .npz"),
+        (["sample", "--sampler", "ancestral", "--eta", "0.5"], "eta is for ddim"),
+        (["sample", "--eta", "nan"], "eta must lie in [0, 1]"),
+        (["sample", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["sample", "-n", "4097"], "--format npz or png"),
+        (["sample", "-n", "4097", "--out", "grid.png"], "n must be at most 4096"),
+        (["sample", "--out", "grid.bmp"], "must be a file that ends in .png or .npz"),
+        (["sample", "--out", "film.gif"], "must be a file that ends in .png or .npz"),
+        (["sample", "--format", "npz", "--out", "grid.png"], "must be a file that ends in .npz, got 'grid.png'"),
+        (["sample", "--format", "grid", "--out", "all.npz"], "must be a file that ends in .png, got 'all.npz'"),
+        (["sample", "--format", "png", "--out", "grid.png"], "out must be a folder"),
+        (["sample", "--format", "png", "--out", "/dev/null/x"], "out must be a folder"),
+        (["sample", "--every", "2", "--format", "png", "--out", "x"], "cannot go with png"),
+        (["sample", "--every", "2", "--out", "x.npz"], "cannot go with npz"),
+        (["sample", "--every", "2", "--out", "x.jpg"], "must be a file that ends in .gif or .png"),
+        (["sample", "--every", "2", "-n", "65"], "n must be at most 64 for a film"),
+        (["sample", "--every", "0"], "every must be from 1 to the number of steps, 50"),
+        (["sample", "--every", "6", "--steps", "5"], "every must be from 1 to the number of steps, 5"),
         (["sample", "--out", "/dev/null/x/grid.png"], "must be a folder"),
         (["evaluate", "-n", "1"], "n must be at least 2"),
         (["evaluate", "--bpd", "-1"], "bpd must"),
@@ -149,14 +446,14 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, monkeypatch, wo
         (["evaluate", "--out", "/dev/null/x/e.json"], "must be a folder"),
     ],
 )
-def test_bad_requests_to_a_run_are_refused_before_drawing(capsys, demo, monkeypatch, words, said):
+def test_bad_requests_to_a_run_are_refused_before_drawing(capsys, demo, monkeypatch, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ddpm_lit.sampler.sample_steps", lambda *_: pytest.fail("sampling began"))
-    assert said in refused(capsys, words[0], str(demo), *words[1:], *QUIET)
+    assert said in refused(capsys, words[0], str(demo), *words[1:])
+    assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
 def test_a_broken_checkpoint_is_named(capsys, demo, tmp_path):
-    import shutil
-
     shutil.copytree(demo, tmp_path / "run")
     weights = next((tmp_path / "run" / "model" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
