@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'RECIPES', 'SCHEDULES', 'FORMS', 'image_shape', 'Sampling', 'best_device', 'open_run', 'Typed', 'Train',
-           'whole', 'Parts', 'Pictures', 'save_npz', 'fingerprint', 'save_film', 'draw_missing', 'draw_way',
+           'whole', 'DrawnParts', 'Pictures', 'save_npz', 'fingerprint', 'save_film', 'draw_missing', 'draw_way',
            'destination', 'Sample', 'Evaluate', 'distances', 'table', 'Demo', 'versions', 'plot_losses', 'findings',
            'recipe_of', 'complain', 'main']
 
@@ -184,7 +184,7 @@ def whole(path: Path):
         draft.unlink(missing_ok=True)
 
 # %% ../nbs/13_command_line.ipynb #17
-class Parts:
+class DrawnParts:
     """The drawn batches of a request, each an array in a file of `folder`; `request.json` says what was asked for.
 
     Raises `ValueError` where the folder holds another request, naming what differs. A larger `n` is no other request.
@@ -239,7 +239,7 @@ class Parts:
         return (np.load(self.path(i)) for i in range(len(self.sizes)))
 
 # %% ../nbs/13_command_line.ipynb #19
-class Pictures(Parts):
+class Pictures(DrawnParts):
     "The same with a file for every image, 00000.png and so on, each with its own pixels and no frame."
 
     suffix = ".png"
@@ -262,7 +262,7 @@ class Pictures(Parts):
         return all(self.path(k).is_file() and self.path(k).read_bytes().endswith(self.end) for k in self.numbers(i))
 
 
-def save_npz(path: Path, parts: Parts) -> None:
+def save_npz(path: Path, parts: DrawnParts) -> None:
     "All `parts` as the array `images` of one .npz file; never more than one of them is in memory."
     with whole(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("images.npy", "w", force_zip64=True) as file:
@@ -300,7 +300,7 @@ def save_film(path: Path, frames: UInt8[Tensor, "k n c h w"]) -> None:
         next(opened).save(draft, format="GIF", save_all=True, append_images=opened, duration=duration, loop=0)
 
 # %% ../nbs/13_command_line.ipynb #29
-def draw_missing(sampling: Sampling, m: DDPM, parts: Parts) -> None:
+def draw_missing(sampling: Sampling, m: DDPM, parts: DrawnParts) -> None:
     "Draw the batches that `parts` lack. What is drawn stays, whatever happens; an error is told to say so."
     from tqdm import tqdm
 
@@ -393,7 +393,7 @@ class Sample:
         asked = asdict(self.sampling) | dict(steps=self.sampling.calls(m), n=self.n, batch_size=self.batch_size)
         asked["model"] = fingerprint(model_folder(self.run_folder))
         del asked["progress"]
-        parts = Pictures(out, asked) if form == "png" else Parts(out.with_name(out.name + ".parts"), asked)
+        parts = Pictures(out, asked) if form == "png" else DrawnParts(out.with_name(out.name + ".parts"), asked)
         if form == "film":
             frames = draw_way(self.sampling, m, parts.sizes, self.every)
             save_film(out, frames)

@@ -266,9 +266,9 @@ def test_a_larger_n_goes_on(asking, tmp_path):
     assert content(tmp_path / "more") == content(tmp_path / "once")
     asking("x.npz", event=nan, at=7)
     assert asking("x.npz", "-n", "13") == (0, 6)
-    few = cli.Parts(tmp_path / "parts", dict(n=10, batch_size=4))
+    few = cli.DrawnParts(tmp_path / "parts", dict(n=10, batch_size=4))
     few.keep(2, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    assert few.missing() == [0, 1] and cli.Parts(few.folder, dict(n=11, batch_size=4)).missing() == [0, 1, 2]
+    assert few.missing() == [0, 1] and cli.DrawnParts(few.folder, dict(n=11, batch_size=4)).missing() == [0, 1, 2]
     images = [np.asarray(Image.open(tmp_path / "once" / f"{k:05d}.png")) for k in range(13)]
     assert torch.equal(load_images(tmp_path / "x.npz").pixels[:, 0], torch.from_numpy(np.stack(images)))
 
@@ -297,7 +297,7 @@ def test_a_killed_process_loses_only_the_batch_that_it_was_drawing(demo, asking,
 
 
 def test_joining_needs_the_memory_of_few_parts(tmp_path):
-    parts = cli.Parts(tmp_path / "parts", dict(n=20, batch_size=1))
+    parts = cli.DrawnParts(tmp_path / "parts", dict(n=20, batch_size=1))
     for i in range(20):
         parts.keep(i, torch.full((1, 1, 1000, 1000), i, dtype=torch.uint8))
     tracemalloc.start()
