@@ -35,11 +35,9 @@ import ddpm_lit
 from .data import Images, load_images, save_grid, to_pixels
 from .ddpm import DDPM
 from .evaluate import ClassifierFeatures, evaluate_bpd
-from .forward import Schedule, linear_schedule
-from .gaussian import randn
-from .sampler import ancestral_plan, ancestral_sample, ddim_plan, ddim_sample
+from .sampler import ancestral_plan, ancestral_sample, ddim_plan, ddim_sample, start
 from .trainer import TrainConfig, Trainer, model_folder, quiet_accelerate, writable_folder
-from .unet import TRAINING, UNet
+from .unet import TRAINING, UNet, beta_schedule
 
 # %% ../nbs/13_command_line.ipynb #6
 def image_shape(m: DDPM) -> tuple[int, int, int]:
@@ -88,7 +86,7 @@ class Sampling:
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         steps, generator, shape, taken = self.calls(m), self.generator(batch), (n, *image_shape(m)), itertools.count(1)
-        x_T = randn(shape, next(m.parameters()), generator)
+        x_T = start(m, shape, None, generator)
         told = dict(generator=generator, progress=self.progress)
         if look is not None:
             told["callback"] = lambda t, x, x0: look(next(taken), x)
@@ -153,9 +151,8 @@ class Train:
 
     def model(self, images: Images) -> DDPM:
         "An untrained model for `images`, the same for the same seed."
-        s = linear_schedule(self.T, self.beta_1, self.beta_T)
-        if self.schedule == "quadratic":
-            s = Schedule(torch.linspace(self.beta_1**0.5, self.beta_T**0.5, self.T, dtype=torch.float64) ** 2)
+        kind = {"linear": "linear", "quadratic": "scaled_linear"}[self.schedule]
+        s = beta_schedule(kind, self.T, self.beta_1, self.beta_T)
         channels, height, width = images.pixels.shape[1:]
         changes = dict(in_channels=channels, out_channels=channels, sample_size=[height, width])
         if self.layers is not None:

@@ -513,9 +513,8 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b out h w"]:
         "The network's word on images `x_t` at steps `t`, one for all or one each, and of classes `class_labels`."
         self.check_images(x_t)
-        emb, run = embedding(self, x_t, t, class_labels), plainly
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            run = frugally
+        emb = embedding(self, x_t, t, class_labels)
+        run = frugally if self.gradient_checkpointing and torch.is_grad_enabled() else plainly
         x = self.conv_in(arranged(x_t, self.conv_out, x_t.shape[2] * x_t.shape[3]))
         skips = [x]
         for down in self.down_blocks:
