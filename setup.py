@@ -8,7 +8,7 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "data", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "data", "tracking", "dev")}
 extras["dev"] = sorted({r for requirements in extras.values() for r in requirements})
 
 setup(
