@@ -39,14 +39,19 @@ def vlb_weight(s: Schedule, predicts: str = "eps", variance: str = "beta_tilde")
     return error_factor(s, "mean") / (2 * var) / error_factor(s, predicts)
 
 # %% ../nbs/06_objective.ipynb #15
-def simple_loss(m: DDPM, x0: Float[Tensor, "b ..."], generator: torch.Generator | None = None) -> Float[Tensor, ""]:
+def simple_loss(
+    m: DDPM, x0: Float[Tensor, "b ..."], generator: torch.Generator | None = None, part: tuple[int, int] = (0, 1)
+) -> Float[Tensor, ""]:
     """L_simple: the mean squared error of the prediction at a random t for each image, over batch and entries.
 
     One draw of t and of eps for each image. For `predicts="eps"` it is Ho et al. 2020, Eq. 14; for the other
-    predictions the same error of their own target. A learned variance gets no gradient from it.
+    predictions the same error of their own target. A learned variance gets no gradient from it. With `part=(i, k)`,
+    `x0` is the i-th of k equal parts of a batch, and gets its part of what would be drawn for the whole batch.
     """
     device = x0.device if generator is None else generator.device
-    t = torch.randint(m.s.T, x0.shape[:1], generator=generator, device=device).to(x0.device)
-    eps = randn(x0.shape, x0, generator)
+    i, n = part[0], len(x0)
+    mine = slice(i * n, (i + 1) * n)
+    t = torch.randint(m.s.T, (part[1] * n,), generator=generator, device=device)[mine].to(x0.device)
+    eps = randn((part[1] * n, *x0.shape[1:]), x0, generator)[mine]
     x_t = q_sample(m.s, x0, t, eps)
     return mse_loss(m(x_t, t)[0], eps if m.predicts == "eps" else m.target(x_t, t, x0))
