@@ -8,7 +8,7 @@ import torch
 from ddpm_lit.bound import vlb_terms
 from ddpm_lit.data import Images, load_images, to_network
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.evaluate import ClassifierFeatures, evaluate_bpd, feature_statistics, frechet_distance
+from ddpm_lit.evaluate import ClassifierFeatures, evaluate_bpd, feature_statistics, frechet_distance, generators
 from ddpm_lit.forward import linear_schedule
 
 
@@ -98,7 +98,7 @@ def test_features_refuse_what_they_cannot_read(digits, features):
 def test_bits_per_dim_is_the_mean_of_the_bound(digits):
     m = DDPM(lambda x, t: x, linear_schedule(20, 0.01, 0.3))
     bits = evaluate_bpd(m, digits, n=30, batch_size=30, generator=rng(1))
-    terms = vlb_terms(m, to_network(digits.pixels[:30]), rng(1))
+    terms = vlb_terms(m, to_network(digits.pixels[:30]), *generators(rng(1), 1))
     assert bits.total == pytest.approx(terms.total.double().mean().item(), rel=1e-6)
     assert bits.error == pytest.approx(terms.total.double().std().item() / 30**0.5, rel=1e-4)
     assert bits.decoder == pytest.approx(terms.decoder.mean().item(), rel=1e-5)
