@@ -591,7 +591,8 @@ def save_picture(accelerator, run: Path, step: int, pixels: UInt8[Tensor, "n c h
     grid = image_grid(pixels)
     grid = grid[None] if grid.ndim == 3 else grid[None, ..., None]
     for tracker in accelerator.trackers:
-        tracker.log_images({"samples": grid}, step, **(dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}))
+        order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": grid}, step, **order)
 
 
 def same_everywhere(accelerator, step: int) -> None:
@@ -616,7 +617,7 @@ def heard_by_all(accelerator, what: str):
     if told[0]:
         raise OSError(told[0])
 
-
+# %% ../nbs/10_training.ipynb #48
 def save_run(trainer: "Trainer") -> None:
     """Write a checkpoint of a run, after its last step the model, and a picture where one is drawn.
 
@@ -635,7 +636,7 @@ def save_run(trainer: "Trainer") -> None:
         if first and t.draw is not None:
             save_picture(t.accelerator, run, t.step, t.draw(t.m))
 
-# %% ../nbs/10_training.ipynb #48
+# %% ../nbs/10_training.ipynb #49
 class Trainer(Learner):
     """Train `m` on `images` as `config` says. `m.net` becomes the moving average, the one to sample from.
 

@@ -380,7 +380,7 @@ def test_train_trains_what_it_is_told(tmp_path):
     m = DDPM.from_pretrained(tmp_path / "run" / "model")
     assert (m.s.T, m.predicts, m.variance) == (20, "v", "beta") and m.s.beta[-1] == pytest.approx(0.3)
     assert cli.image_shape(m) == (3, 4, 6)
-    told = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    told = json.loads((model_folder(tmp_path / "run") / "training.json").read_text())
     assert told["config"]["lr"] == 1e-5 and told["config"]["batch_size"] == 4 and told["step"] == 2
     drawn = str(tmp_path / "s.npz")
     assert cli.main(["sample", str(tmp_path / "run"), "-n", "2", "--steps", "2", "--out", drawn, *QUIET]) == 0
