@@ -328,7 +328,8 @@ def end_processes() -> None:
 @functools.cache
 def this_process():
     "accelerate's `PartialState`: the device of this process, its number, and how many there are. It is left at exit."
-    state = quiet_accelerate().PartialState()
+    several, gpu = "LOCAL_RANK" in os.environ, torch.cuda.is_available() or torch.xpu.is_available()
+    state = quiet_accelerate().PartialState(cpu=several and not gpu)  # unasked, it would take each for the only one
     atexit.register(end_processes)
     return state
 
@@ -349,7 +350,8 @@ def accelerator_for(c: TrainConfig):
     if this_process() and AcceleratorState._shared_state.get("_mixed_precision", c.precision) != c.precision:
         AcceleratorState._reset_state()  # else accelerate refuses a second precision in one session
     written = trackers(c.track) if c.out is not None else []
-    return quiet_accelerate().Accelerator(mixed_precision=c.precision, log_with=written or None, project_dir=c.out)
+    told = dict(mixed_precision=c.precision, log_with=written or None, project_dir=c.out)
+    return quiet_accelerate().Accelerator(cpu=this_process().device.type == "cpu", **told)
 
 # %% ../nbs/10_training.ipynb #35
 @contextlib.contextmanager

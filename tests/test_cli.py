@@ -18,6 +18,7 @@ from ddpm_lit.data import load_images, save_grid
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.evaluate import ClassifierFeatures
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
+from ddpm_lit.trainer import model_folder
 
 QUIET = ["--no-progress"]
 
