@@ -1,9 +1,18 @@
-"""The trainer: same seed same weights, the average, checkpoints that are whole, runs that break."""
+"""The trainer: same seed same weights, killed or not; checkpoints that are whole; bad steps; several processes."""
 
+import errno
 import json
+import logging
 import math
-import shutil
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +23,20 @@ from ddpm_lit.data import ImageBatches, Images, load_images
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
 from ddpm_lit.objective import simple_loss
-from ddpm_lit.trainer import TrainConfig, Trainer, ema_update, model_folder, swap_in, writable_folder
+from ddpm_lit.trainer import (
+    Checkpoints,
+    RunLog,
+    Stopped,
+    TrainConfig,
+    Trainer,
+    damage,
+    ema_update,
+    model_folder,
+    save_run,
+    trackers,
+    writable_folder,
+    write_whole,
+)
 from ddpm_lit.unet import UNet
 
 TINY = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -34,11 +56,20 @@ def tiny(seed=0, **changes):
 
 
 def config(**changes):
-    return TrainConfig(**dict(steps=6, batch_size=8, lr=1e-2, warmup=2, progress=False) | changes)
+    return TrainConfig(**dict(steps=6, batch_size=8, lr=1e-2, warmup=2, track="none", progress=False) | changes)
 
 
 def weights(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def everything(trainer):
+    "All that a run ends with: both networks, Adam's averages, the losses and the state of the noise."
+    states = [trainer.optimizer.state[p] for p in trainer.net.parameters()]
+    adam = [state[name].flatten() for state in states for name in sorted(state)]
+    return torch.cat(
+        [weights(trainer.net), weights(trainer.m.net), *adam, trainer.log.losses, trainer.noise.get_state()]
+    )
 
 
 def test_same_seed_same_weights_bit_for_bit_even_with_dropout_and_flips(digits):
@@ -53,15 +84,16 @@ def test_same_seed_same_weights_bit_for_bit_even_with_dropout_and_flips(digits):
         assert torch.equal(a, b) and not torch.equal(a, other)
 
 
-def test_the_trainer_is_the_plain_loop(digits):
-    c = config(clip_grad=0.05, ema=0.5, decay=True)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_trainer_is_the_plain_loop(digits, accumulate):
+    c = config(clip_grad=0.05, ema=0.5, decay=True, accumulate=accumulate)
     trainer = Trainer(tiny(), digits, c)
     losses = trainer.fit()
     m, generator, mean, history = tiny(), rng(0), None, []
-    optimizer = torch.optim.Adam(m.net.parameters())
-    for k, x0 in zip(range(6), ImageBatches(digits, 8, seed=0), strict=False):
+    optimizer, batches = torch.optim.Adam(m.net.parameters()), iter(ImageBatches(digits, 8, seed=0))
+    for k in range(6):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (k + 1) / 2) * (1 - k / 6)
-        loss = simple_loss(m, x0, generator)
+        loss = sum(simple_loss(m, next(batches), generator) for _ in range(accumulate)) / accumulate
         optimizer.zero_grad()
         loss.backward()
         grads = [p.grad for p in m.net.parameters()]
@@ -76,6 +108,7 @@ def test_the_trainer_is_the_plain_loop(digits):
     torch.testing.assert_close(losses, torch.stack(history), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(weights(trainer.m.net), mean, rtol=1e-2, atol=1e-3)
     assert not torch.allclose(weights(trainer.net), mean, rtol=1e-2, atol=1e-3)
+    assert trainer.seen == 6 * 8 * accumulate
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
@@ -97,6 +130,14 @@ def test_training_lowers_the_loss(digits):
     assert len(losses) == 60 and losses[-15:].mean() < 0.8 * losses[0]
 
 
+def test_channels_last_and_bf16_train_the_same_network_nearly(digits):
+    plain = Trainer(tiny(), digits, config()).fit()
+    torch.testing.assert_close(Trainer(tiny(), digits, config(channels_last=True)).fit(), plain, rtol=1e-3, atol=1e-3)
+    coarse = Trainer(tiny(), digits, config(precision="bf16"))
+    torch.testing.assert_close(coarse.fit(), plain, rtol=0.1, atol=0.05)
+    assert next(coarse.net.parameters()).dtype == torch.float32
+
+
 def test_m_holds_the_average_in_evaluation_mode_and_the_raw_network_is_kept(digits):
     m = tiny(dropout=0.5)
     raw = m.net
@@ -106,97 +147,398 @@ def test_m_holds_the_average_in_evaluation_mode_and_the_raw_network_is_kept(digi
     assert not torch.equal(weights(raw), weights(m.net))
 
 
-def test_a_checkpoint_holds_average_raw_weights_losses_and_settings(digits, tmp_path):
-    trainer = Trainer(tiny(), digits, config(out=str(tmp_path / "a" / "run"), save_every=4))
+def test_a_run_leaves_checkpoints_a_model_and_pictures(digits, tmp_path):
+    run = tmp_path / "a" / "run"
+    pictures = lambda m: digits.pixels[:4]  # noqa: E731
+    trainer = Trainer(tiny(), digits, config(out=str(run), save_every=2, keep_every=4), draw=pictures)
     losses = trainer.fit()
-    folder = model_folder(tmp_path / "a" / "run")
-    assert torch.equal(weights(DDPM.from_pretrained(folder).net), weights(trainer.m.net))
-    state = load_file(folder / "training.safetensors")
+    assert (
+        Checkpoints(run).steps() == [4, 6]
+        and sorted(p.name for p in (run / "samples").iterdir())[-1] == "step-00000006.png"
+    )
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "model", "samples"]
+    for folder in (model_folder(run), run / "model"):
+        assert torch.equal(weights(DDPM.from_pretrained(folder).net), weights(trainer.m.net))
+    state = load_file(model_folder(run) / "training.safetensors")
     assert torch.equal(state["losses"], losses)
     assert torch.equal(state["net.conv_in.weight"], trainer.net.conv_in.weight)
-    told = json.loads((folder / "training.json").read_text())
-    assert told["step"] == 6 and told["config"]["save_every"] == 4
-    assert sorted(p.name for p in (tmp_path / "a" / "run").iterdir()) == ["model"]
+    told = json.loads((model_folder(run) / "training.json").read_text())
+    assert told["step"] == 6 and told["seen"] == 48 and told["config"]["save_every"] == 2
 
 
-@pytest.mark.parametrize("moment", ["save_pretrained", "save_file", "swap_in", "rename", "rmtree"])
-def test_a_save_that_is_killed_leaves_a_whole_model(digits, tmp_path, monkeypatch, moment):
-    class Killed(BaseException):
-        pass
+@pytest.mark.parametrize("keep, every, kept", [(1, 0, [9]), (2, 0, [8, 9]), (2, 3, [3, 6, 8, 9]), (1, 4, [4, 8, 9])])
+def test_the_last_k_and_every_nth_are_kept(tmp_path, keep, every, kept):
+    checkpoints = Checkpoints(tmp_path, keep, every)
+    for step in range(1, 10):
+        checkpoints.write(step, lambda folder: (folder / "x").write_text("x"))
+    assert checkpoints.steps() == kept and not list(checkpoints.folder.glob(".*"))
 
+
+# -- killed, cut, full
+
+
+def resumed(digits, run, **changes):
+    trainer = Trainer(tiny(dropout=0.2), digits, config(out=str(run), save_every=2, resume=True, flip=True, **changes))
+    return trainer, trainer.fit()
+
+
+def straight(digits, tmp_path, steps):
+    trainer = Trainer(tiny(dropout=0.2), digits, config(out=str(tmp_path / "straight"), steps=steps, flip=True))
+    trainer.fit()
+    return everything(trainer)
+
+
+def test_two_halves_are_the_whole_bit_for_bit(digits, tmp_path):
+    resumed(digits, tmp_path / "run", steps=4)
+    torch.rand(3), np.random.rand(3)
+    trainer, losses = resumed(digits, tmp_path / "run", steps=8)
+    assert len(losses) == 8 and torch.equal(everything(trainer), straight(digits, tmp_path, 8))
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(digits, tmp_path):
+    first, losses = resumed(digits, tmp_path / "run", steps=4)
+    second, again = resumed(digits, tmp_path / "run", steps=4)
+    assert torch.equal(again, losses) and torch.equal(everything(second), everything(first))
+
+
+KILLED = """
+import sys, torch
+from test_trainer import *
+torch.set_num_threads(1)
+trainer = Trainer(tiny(dropout=0.2), load_images("digits"), config(out=sys.argv[1], steps=40, save_every=2, resume=True, flip=True))
+print("begins at", trainer.step, flush=True)
+trainer.fit()
+torch.save(everything(trainer), sys.argv[2])
+"""
+
+
+def started(tmp_path, *launcher, extra=()):
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]), OMP_NUM_THREADS="1")
+    words = [*launcher, str(tmp_path / "run"), str(tmp_path / "end.pt"), *extra]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def wait_for_steps(process, run, step):
+    while process.poll() is None and max(Checkpoints(run).steps(), default=0) < step:
+        time.sleep(0.005)
+
+
+def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_does(digits, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    draw, run = random.Random(0), tmp_path / "run"
+    for target in (4, 14):
+        process = started(tmp_path, sys.executable, str(tmp_path / "killed.py"))
+        wait_for_steps(process, run, target)
+        time.sleep(0.2 * draw.random())
+        process.kill()
+        out, _ = process.communicate()
+        assert "begins at" in out and not (tmp_path / "end.pt").exists()
+    process = started(tmp_path, sys.executable, str(tmp_path / "killed.py"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert int(out.split()[2]) >= 14, "it went on"
+    whole = Trainer(tiny(dropout=0.2), digits, config(steps=40, flip=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole.fit()
+    torch.set_num_threads(threads)
+    assert torch.equal(torch.load(tmp_path / "end.pt", weights_only=True), everything(whole))
+
+
+def test_a_checkpoint_cut_or_changed_anywhere_is_recognised_and_the_one_before_it_used(digits, tmp_path, caplog):
+    resumed(digits, tmp_path / "run", steps=4)
+    newest, draw = Checkpoints(tmp_path / "run").path(4), random.Random(1)
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert len(files) == 7
+    for path in files:
+        whole = path.read_bytes()
+        for size in {0, 1, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(6))}:
+            path.write_bytes(whole[:size])
+            assert damage(newest) is not None, (path.name, size)
+        path.unlink()
+        assert damage(newest) is not None
+        path.write_bytes(whole)
+        assert damage(newest) is None
+        if path.name != "manifest.json":
+            i = draw.randrange(len(whole))
+            path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+            assert path.name in damage(newest)
+            path.write_bytes(whole)
+    (newest / "training.safetensors").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "ddpm_lit"):
+        assert model_folder(tmp_path / "run").name == "step-00000002"
+    assert "step-00000004 is damaged (training.safetensors has 0 bytes" in caplog.text
+    trainer, _ = resumed(digits, tmp_path / "run", steps=6)
+    assert torch.equal(everything(trainer), straight(digits, tmp_path, 6))
+    assert Checkpoints(tmp_path / "run").newest().name == "step-00000006"
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_trained_over_them(digits, tmp_path):
+    resumed(digits, tmp_path / "run", steps=4)
+    for step in (2, 4):
+        (Checkpoints(tmp_path / "run").path(step) / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds no checkpoint that is whole"):
+        resumed(digits, tmp_path / "run", steps=6)
+
+
+class Killed(BaseException):
+    "What a kill looks like from inside: no handler may swallow it."
+
+
+@pytest.mark.parametrize("moment", ["save_file", "flush", "rename"])
+def test_a_save_that_breaks_off_leaves_the_checkpoint_before_it(digits, tmp_path, monkeypatch, moment):
     def kill(*_, **__):
         raise Killed
 
-    trainer = Trainer(tiny(), digits, config(out=str(tmp_path)))
-    trainer.fit()
-    old = weights(DDPM.from_pretrained(model_folder(tmp_path)).net)
-    with torch.no_grad():
-        for p in trainer.m.net.parameters():
-            p += 1
-
-    def at_the_old_one(folder):
-        return folder.name == "model.old" and folder.exists()
-
-    if moment == "save_pretrained":
-        monkeypatch.setattr(DDPM, "save_pretrained", kill)
-    elif moment == "save_file":
-        monkeypatch.setattr("safetensors.torch.save_file", kill)
-    elif moment == "swap_in":
-        monkeypatch.setattr(module, "swap_in", kill)
-    elif moment == "rename":  # the old model has been moved aside, the new one is not yet in its place
-        rename = module.Path.rename
-        monkeypatch.setattr(module.Path, "rename", lambda *a: kill() if a[0].name == ".model.draft" else rename(*a))
-    else:  # both are there, the old one is about to be removed
-        rmtree = shutil.rmtree
-        monkeypatch.setattr(shutil, "rmtree", lambda *a, **_: kill() if at_the_old_one(a[0]) else rmtree(*a, True))
+    trainer, _ = resumed(digits, tmp_path / "run", steps=4)
+    target = {
+        "save_file": "safetensors.torch.save_file",
+        "flush": "ddpm_lit.trainer.flush",
+        "rename": "pathlib.Path.rename",
+    }
+    monkeypatch.setattr(target[moment], kill)
+    trainer.step = 5
     with pytest.raises(Killed):
-        trainer.save()
+        save_run(trainer)
     monkeypatch.undo()
-    found = weights(DDPM.from_pretrained(model_folder(tmp_path)).net)
-    assert torch.equal(found, old if moment != "rmtree" else weights(trainer.m.net))
-    trainer.save()
-    assert torch.equal(weights(DDPM.from_pretrained(model_folder(tmp_path)).net), weights(trainer.m.net))
+    assert Checkpoints(tmp_path / "run").newest().name == "step-00000004"
+    save_run(trainer)
+    assert Checkpoints(tmp_path / "run").newest().name == "step-00000005"
 
 
-def test_swap_in_never_leaves_the_place_empty_handed(tmp_path):
-    for word in "ab":
-        (tmp_path / "draft").mkdir()
-        (tmp_path / "draft" / "model_index.json").write_text(word)
-        swap_in(tmp_path / "draft", tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert (tmp_path / "model" / "model_index.json").read_text() == "b"
+def test_an_older_folder_gives_way_only_to_a_whole_one(tmp_path):
+    def write(word, fail=False):
+        def into(folder):
+            (folder / "x").write_text(word)
+            if fail:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return into
+
+    write_whole(tmp_path / "model", write("a"))
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "model", write("b", fail=True))
+    assert (tmp_path / "model" / "x").read_text() == "a" and damage(tmp_path / "model") is None
+    write_whole(tmp_path / "model", write("c"))
+    assert (tmp_path / "model" / "x").read_text() == "c" and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_stops_the_run_with_a_line_and_the_last_good_checkpoint_intact(digits, tmp_path, monkeypatch):
+    from safetensors import SafetensorError, torch as safe
+
+    save, calls = safe.save_file, []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 3:  # two of them make the first checkpoint
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(safe, "save_file", full)
+    with pytest.raises(OSError, match="checkpoint of step 4 could not be written.*No space left") as error:
+        resumed(digits, tmp_path / "run", steps=6)
+    monkeypatch.undo()
+    kept = Checkpoints(tmp_path / "run")
+    assert kept.steps() == [2] and kept.newest() and not list(kept.folder.glob(".*"))
+    assert str(kept.path(2)) in error.value.__notes__[0]
+    trainer, _ = resumed(digits, tmp_path / "run", steps=6)
+    assert torch.equal(everything(trainer), straight(digits, tmp_path, 6))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_is_really_full(digits, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with pytest.raises(OSError, match="could not be written.*[Nn]o space left") as error:
+            Trainer(tiny(), digits, config(steps=40, save_every=1, keep=99, out=str(tmp_path / "run"))).fit()
+        assert Checkpoints(tmp_path / "run").newest() and "last good checkpoint" in error.value.__notes__[0]
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+# -- going on with something else
 
 
 @pytest.mark.parametrize(
-    ("broken_after", "log_every", "message", "kept"),
+    "other, message",
     [
-        (5, 1, "nan in step 6.*last good checkpoint", 4),
-        (4, 100, "the weights are not finite in step 4", 2),  # no loss has shown it yet
+        (lambda: tiny(layers_per_block=2), "layers_per_block must be 1"),
+        (lambda: DDPM(tiny().net, linear_schedule(), predicts="v"), "predicts must be 'eps'"),
+        (lambda: DDPM(tiny().net, linear_schedule(), variance="beta"), "variance must be 'beta_tilde'"),
+        (lambda: DDPM(tiny().net, linear_schedule(beta_T=0.03)), "schedule must be that of the run"),
     ],
 )
-def test_what_is_not_finite_stops_the_run_and_the_last_good_model_stays(
-    broken_after, log_every, message, kept, digits, tmp_path
-):
-    settings = config(steps=20, save_every=2, log_every=log_every, out=str(tmp_path))
-    trainer = Trainer(tiny(), digits, settings)
+def test_another_model_cannot_go_on(digits, tmp_path, other, message):
+    Trainer(tiny(), digits, config(out=str(tmp_path))).fit()
+    with pytest.raises(ValueError, match=message):
+        Trainer(other(), digits, config(out=str(tmp_path), steps=9, resume=True))
 
-    def poison(*_):
-        if trainer.step == broken_after:
-            with torch.no_grad():
-                trainer.net.conv_in.weight.fill_(math.nan)
 
-    trainer.optimizer.register_step_post_hook(poison)
-    with pytest.raises(FloatingPointError, match=message):
+def test_other_settings_are_told(digits, tmp_path, caplog):
+    Trainer(tiny(), digits, config(out=str(tmp_path))).fit()
+    with caplog.at_level(logging.WARNING, "ddpm_lit"):
+        Trainer(tiny(), Images(digits.pixels[:99]), config(out=str(tmp_path), steps=9, lr=0.5, resume=True))
+    assert "goes on with lr 0.5, and not 0.01 as before" in caplog.text and "images" in caplog.text
+    assert "steps" not in caplog.text
+
+
+def test_a_run_is_not_begun_over_another_one(digits, tmp_path):
+    Trainer(tiny(), digits, config(out=str(tmp_path))).fit()
+    with pytest.raises(ValueError, match="out must be another folder, or resume be set.*holds a run of 6 steps"):
+        Trainer(tiny(), digits, config(out=str(tmp_path)))
+    with pytest.raises(ValueError, match="steps must be at least the 6 that are done, got 5"):
+        Trainer(tiny(), digits, config(out=str(tmp_path), steps=5, resume=True))
+
+
+# -- bad steps
+
+
+def broken_in(trainer, bad):
+    "The network answers with NaN in the steps `bad`, counted from 1."
+    trainer.net.register_forward_hook(lambda net, x, out: out * math.nan if trainer.step + 1 in bad else None)
+    return trainer
+
+
+def test_bad_steps_are_skipped_counted_and_leave_no_trace(digits, caplog):
+    trainer = broken_in(Trainer(tiny(), digits, config(steps=30, log_every=10)), {4, 5, 17})
+    before = {}
+    trainer.optimizer.register_step_pre_hook(lambda *_: before.update({trainer.step: weights(trainer.net).clone()}))
+    with caplog.at_level(logging.WARNING, "ddpm_lit"):
+        losses = trainer.fit()
+    assert losses.isfinite().logical_not().nonzero().flatten().tolist() == [3, 4, 16] and trainer.log.skipped == 3
+    assert torch.equal(before[3], before[5]) and not torch.equal(before[5], before[6])
+    assert weights(trainer.net).isfinite().all() and weights(trainer.m.net).isfinite().all()
+    assert "step 10: 2 of the last 10 updates skipped" in caplog.text and "step 20: 1 of" in caplog.text
+
+
+@pytest.mark.parametrize("first, log_every", [(7, 1), (7, 10), (12, 25)])
+def test_twenty_bad_steps_in_a_row_stop_the_run_and_the_last_good_model_stays(digits, tmp_path, first, log_every):
+    settings = config(steps=60, save_every=2, log_every=log_every, out=str(tmp_path))
+    trainer = broken_in(Trainer(tiny(), digits, settings), range(first, 60))
+    with pytest.raises(FloatingPointError, match=f"20 steps in a row, from step {first} on") as error:
         trainer.fit()
-    assert json.loads((model_folder(tmp_path) / "training.json").read_text())["step"] == kept
+    assert "last good checkpoint" in error.value.__notes__[1] and "lr below 0.01" in error.value.__notes__[0]
     assert weights(DDPM.from_pretrained(model_folder(tmp_path)).net).isfinite().all()
+
+
+def test_nineteen_in_a_row_do_not_stop_it(digits):
+    assert broken_in(Trainer(tiny(), digits, config(steps=30)), range(3, 22)).fit()[-1].isfinite()
+
+
+def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
+    trainer = Trainer(tiny(), digits, config(out=str(tmp_path)))
+    trainer.fit()
+    with torch.no_grad():
+        trainer.net.conv_in.weight.fill_(math.nan)
+    trainer.step = 7
+    with pytest.raises(FloatingPointError, match="weights are not finite in step 7"):
+        save_run(trainer)
+    assert Checkpoints(tmp_path).steps() == [6]
+
+
+def test_the_log_finds_a_row_across_its_readings():
+    log = RunLog(60, 7, torch.device("cpu"))
+    with log.bar(1, 0, False), pytest.raises(FloatingPointError, match="from step 5 on"):
+        for step in range(1, 61):
+            log.add(step, torch.tensor(math.inf if step >= 5 else 1.0), torch.tensor(1.0))
+
+
+# -- signals
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(digits, tmp_path, number, code):
+    def build(**changes):
+        return Trainer(tiny(dropout=0.2), digits, config(steps=8, out=str(tmp_path / "run"), flip=True, **changes))
+
+    trainer = build()
+    trainer.optimizer.register_step_post_hook(lambda *_: trainer.step == 2 and signal.raise_signal(number))
+    before = signal.getsignal(number)
+    with pytest.raises(
+        Stopped, match=f"stopped by {code} after step 3: all is saved, go on with --resume --out"
+    ) as error:
+        trainer.fit()
+    assert error.value.signal == number and signal.getsignal(number) == before
+    assert Checkpoints(tmp_path / "run").steps() == [3]
+    second = build(resume=True)
+    second.fit()
+    assert torch.equal(everything(second), straight(digits, tmp_path, 8))
+
+
+def test_a_second_ctrl_c_does_not_wait(digits):
+    trainer = Trainer(tiny(), digits, config())
+
+    def twice(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    trainer.optimizer.register_step_post_hook(twice)
+    with pytest.raises(KeyboardInterrupt) as error:
+        trainer.fit()
+    assert not isinstance(error.value, Stopped)
+
+
+# -- several processes
+
+TOGETHER = """
+import sys, torch, torch.distributed as dist
+from test_trainer import *
+from ddpm_lit.trainer import this_process
+torch.set_num_threads(1)
+here = this_process()
+batch = 16 // here.num_processes
+changes = dict(steps=8, batch_size=batch, save_every=4, flip=True, out=sys.argv[1], resume=True)
+trainer = Trainer(tiny(), load_images("digits"), config(**changes))
+if "--stop" in sys.argv and here.process_index == here.num_processes - 1:
+    trainer.optimizer.register_step_post_hook(lambda *_: trainer.step == 4 and signal.raise_signal(signal.SIGTERM))
+try:
+    trainer.fit()
+except Stopped as stopped:
+    print(stopped, flush=True)
+mine = torch.cat([weights(trainer.net), weights(trainer.m.net)])
+for got in trainer.accelerator.gather(mine[None]):
+    assert torch.equal(got, mine), "the processes differ"
+if here.is_main_process:
+    torch.save(mine, sys.argv[2])
+"""
+
+
+def ended(place, *launcher, extra=()):
+    "Run TOGETHER in the folder `place` and return what it printed and the weights it ended with."
+    place.mkdir(exist_ok=True)
+    (place / "together.py").write_text(TOGETHER)
+    process = started(place, *launcher, str(place / "together.py"), extra=extra)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, torch.load(place / "end.pt", weights_only=True)
+
+
+def test_two_processes_agree_and_are_one_with_the_double_batch_stopped_or_not(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    _, one = ended(tmp_path / "one", sys.executable)
+    _, two = ended(tmp_path / "two", *torchrun)
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    said, early = ended(tmp_path / "stopped", *torchrun, extra=["--stop"])
+    assert said.count("stopped by SIGTERM after step 5") == 2 and Checkpoints(tmp_path / "stopped" / "run").steps() == [
+        4,
+        5,
+    ]
+    assert not torch.equal(early, two)
+    _, late = ended(tmp_path / "stopped", *torchrun)
+    assert torch.equal(late, two), "stopped on one process, resumed on both"
+
+
+# -- settings
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(steps=0), dict(batch_size=0), dict(lr=0.0), dict(lr=math.inf), dict(warmup=-1), dict(clip_grad=0.0),
-        dict(ema=1.0), dict(ema=-0.1), dict(seed=-1), dict(save_every=0), dict(log_every=0), dict(precision="fp8"),
+        dict(steps=0), dict(batch_size=0), dict(accumulate=0), dict(lr=0.0), dict(lr=math.inf), dict(warmup=-1),
+        dict(clip_grad=0.0), dict(ema=1.0), dict(ema=-0.1), dict(seed=-1), dict(save_every=0), dict(keep=0),
+        dict(keep_every=-1), dict(log_every=0), dict(precision="fp8"), dict(track="paper"), dict(resume=True),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(changes):
@@ -216,3 +558,26 @@ def test_images_that_do_not_fit_and_folders_that_cannot_be_written_are_refused_b
         model_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no model"):
         model_folder(tmp_path)
+    with pytest.raises(ValueError, match="out must be None unless m.net is a UNet"):
+        Trainer(DDPM(torch.nn.Conv2d(1, 1, 1), linear_schedule()), digits, config(out=str(tmp_path)))
+
+
+def test_curves_and_pictures_are_written_for_tensorboard(digits, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    c = config(out=str(tmp_path), track="tensorboard", log_every=2)
+    losses = Trainer(tiny(), digits, c, draw=lambda m: digits.pixels[:4]).fit()
+    events = reader.EventAccumulator(str(tmp_path / "curves"))
+    events.Reload()
+    assert {"loss", "gradient", "skipped", "images/s", "learning rate"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    assert events.Scalars("loss")[0].value == pytest.approx(losses[:2].mean().item(), rel=1e-5)
+    assert len(events.Images("samples/image/0" if "samples/image/0" in events.Tags()["images"] else "samples")) == 1
+
+
+def test_where_a_tracker_is_missing_the_line_to_install_it_is_given(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert trackers("auto") == trackers("none") == []
+    with pytest.raises(ImportError, match=r"pip install 'ddpm_lit\[tracking\]'"):
+        trackers("tensorboard")
+    with pytest.raises(ImportError, match="pip install wandb"):
+        trackers("wandb")
