@@ -6,10 +6,10 @@
 __all__ = ['NAMED', 'FORMATS', 'SUFFIXES', 'SPLITS', 'HUB', 'outline', 'Images', 'load_digits', 'load_mnist5k', 'channels_first',
            'whole_numbers', 'load_array', 'to_network', 'to_pixels', 'image_grid', 'save_grid', 'show', 'eight_bits',
            'opened', 'resized', 'decoded', 'header', 'Files', 'paths_below', 'image_folder', 'reason', 'Broken',
-           'need_datasets', 'quiet_datasets', 'table_of', 'open_cell', 'whole_labels', 'Rows', 'attempts',
+           'need_datasets', 'quiet_datasets', 'table_of', 'open_cell', 'whole_labels', 'Rows', 'cores', 'attempts',
            'need_one_size', 'survey', 'planes', 'into_memory', 'StoredImages', 'free_memory', 'load_shelf',
            'load_stream', 'split_of', 'parquet_files', 'local_shelf', 'hub_shelf', 'first_images', 'load_images',
-           'residence', 'Turns', 'loaded', 'ImageBatches']
+           'amount', 'residence', 'Turns', 'loaded', 'ImageBatches']
 
 # %% ../nbs/09_data.ipynb #8
 import contextlib
@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -234,7 +233,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
 
 
-def opened(file: BinaryIO):
+def opened(file: io.IOBase):
     "The picture in an open file as a PIL image whose pixels are not read yet; only of the formats in `FORMATS`."
     from PIL import Image
 
@@ -249,7 +248,7 @@ def resized(array: UInt8[np.ndarray, "h w *rgb"], size: tuple[int, int]) -> UInt
     return np.array(ImageOps.fit(Image.fromarray(array), size[::-1], Image.Resampling.LANCZOS))
 
 
-def decoded(file: BinaryIO, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w *rgb"]:
+def decoded(file: io.IOBase, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w *rgb"]:
     """The picture in an open file, upright, over white, in 8 bits: (h, w) if it is grey, else (h, w, 3).
 
     With `size` it is `resized`; nothing happens to a picture that has this size.
@@ -261,7 +260,7 @@ def decoded(file: BinaryIO, size: tuple[int, int] | None = None) -> UInt8[np.nda
     return array if size is None or array.shape[:2] == size else resized(array, size)
 
 
-def header(file: BinaryIO) -> tuple[int, tuple[int, int]]:
+def header(file: io.IOBase) -> tuple[int, tuple[int, int]]:
     "Channels, and height and width, of what `decoded` makes of an open file; from the header, where that says it."
     from PIL import Image
 
@@ -290,7 +289,7 @@ class Files:
         "What image i is called in a message."
         return self.names[i]
 
-    def open(self, i: int) -> BinaryIO:
+    def open(self, i: int) -> io.IOBase:
         "Image i, to be read and closed."
         return open(self.root / self.names[i], "rb")
 
@@ -338,9 +337,7 @@ def image_folder(root: Path, split: str) -> Files:
 
 # %% ../nbs/09_data.ipynb #38
 def reason(error: BaseException) -> str:
-    "What went wrong, in one line: the first line of the innermost cause."
-    while error.__cause__ is not None:
-        error = error.__cause__
+    "What went wrong, in one line."
     if isinstance(error, (struct.error, EOFError, IndexError)):
         return "file is cut short"  # so decoders run out of bytes
     text = str(error).strip() or type(error).__name__
@@ -362,7 +359,7 @@ class Broken:
     def __str__(self) -> str:
         listed = "; ".join(f"{name} ({why})" for name, why in itertools.islice(self.found.items(), 5))
         more = f"; and {len(self.found) - 5} more" if len(self.found) > 5 else ""
-        return f"{len(self.found)} images cannot be used: {listed}{more}".replace("1 images", "1 image")
+        return f"{len(self.found)} image{'s' * (len(self.found) > 1)} cannot be used: {listed}{more}"
 
     def warn(self, done: str) -> None:
         "One warning that tells them, if there are any, and what was `done` about it."
@@ -373,7 +370,9 @@ class Broken:
 def need_datasets():
     "The package `datasets`; `ImportError` tells how to install it."
     try:
-        import datasets
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about ipywidgets, which its progress bars want
+            import datasets
     except ImportError as error:
         raise ImportError("parquet files and the Hub need datasets: pip install 'ddpm_lit[data]'") from error
     return datasets
@@ -404,10 +403,11 @@ def table_of(what: str, split: str, stream: bool, progress: bool, *args, **optio
         try:
             return datasets.load_dataset(*args, split=split, streaming=stream, **options)
         except Exception as error:
-            raise ValueError(f"{what} cannot be read: {reason(error)}") from None
+            told = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
+            raise ValueError(f"{what} cannot be read: {reason(told)}") from None
 
 
-def open_cell(cell) -> BinaryIO:
+def open_cell(cell) -> io.IOBase:
     "An encoded image in a table: bytes, or a dict with bytes or with the path of a file."
     cell = cell if isinstance(cell, dict) else {"bytes": cell}
     if cell.get("bytes") is not None:
@@ -432,7 +432,10 @@ class Rows:
 
     def __init__(self, table, name: str):
         datasets = need_datasets()
-        features = table.features or table._resolve_features().features
+        try:
+            features = table.features or table._resolve_features().features
+        except Exception as error:
+            raise ValueError(f"{name}: its columns cannot be found out: {reason(error)}") from None
         typed = [key for key in features if isinstance(features[key], datasets.Image)]
         named = [key for key in ("img", "image") if key in features]
         images = [key for key in named if key in typed] + typed + named
@@ -457,7 +460,7 @@ class Rows:
         "What image i is called in a message."
         return f"row {i}"
 
-    def open(self, i: int) -> BinaryIO:
+    def open(self, i: int) -> io.IOBase:
         "Image i, to be read and closed."
         return open_cell(self.table[i][self.column])
 
@@ -473,6 +476,12 @@ class Rows:
         return Rows(self.table.select(kept), self.name)
 
 # %% ../nbs/09_data.ipynb #47
+def cores() -> int:
+    "Processor cores for this process: of those that it may use, its share among the processes of a training run here."
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def attempts(call: Callable, shelf, indices: Sequence[int], progress: bool = False) -> Iterator[tuple[int, object]]:
     "Each i of `indices` in turn, with what `call` makes of image i or the exception that it raises; in a few threads."
     from tqdm import tqdm
@@ -484,7 +493,7 @@ def attempts(call: Callable, shelf, indices: Sequence[int], progress: bool = Fal
         except Exception as error:  # whatever a decoder stumbles over
             return i, error
 
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(indices), disable=not progress) as bar:
+    with ThreadPool(min(8, cores())) as pool, tqdm(total=len(indices), disable=not progress) as bar:
         for found in pool.imap(attempt, indices, chunksize=16):
             bar.update()
             yield found
@@ -591,8 +600,8 @@ class StoredImages:
         for i, why in unusable.items():
             if self.shelf.title(i) not in self.broken.found:
                 self.broken.add(self.shelf.title(i), why)
-                count = f"{len(self.broken.found)} of at most {self.broken.limit}"
-                warnings.warn(f"{self.name}: {self.shelf.title(i)} {why}; replaced by the next ({count})", stacklevel=3)
+                told = f"{self.name}: {self.shelf.title(i)}: {why}; replaced by the next sound image"
+                warnings.warn(f"{told} ({len(self.broken.found)} of at most {self.broken.limit})", stacklevel=3)
 
     def read(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> UInt8[Tensor, "b c h w"]:
         "The images of these numbers."
@@ -759,6 +768,11 @@ def load_images(
     return load_shelf(shelf, size, max_broken, memory, progress)
 
 # %% ../nbs/09_data.ipynb #62
+def amount(size: int) -> str:
+    "A number of bytes in words."
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def residence(images: Images | StoredImages, device: torch.device, wanted: bool | None) -> tuple[bool, str]:
     """Whether the pixels shall live on the device for a whole run, and why, in words.
 
@@ -773,7 +787,7 @@ def residence(images: Images | StoredImages, device: torch.device, wanted: bool 
     if not isinstance(images, Images):
         return False, "they are decoded as they come"
     if free is not None and total > free / 2:
-        return False, f"{total / 1e9:.1f} GB are more than half of the {free / 1e9:.1f} GB free on {device}"
+        return False, f"{amount(total)} are more than half of the {amount(free)} free on {device}"
     return True, ""
 
 
@@ -818,7 +832,7 @@ class ImageBatches:
         self, images: Images | StoredImages, batch_size: int, device="cpu", seed: int = 0, flip: bool = False,
         start: int = 0, process: tuple[int, int] = (0, 1), workers: int | None = None, resident: bool | None = None,
     ):  # fmt: skip
-        workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        workers = min(8, cores()) if workers is None else workers
         for name, value in dict(batch_size=batch_size, seed=seed, start=start, workers=workers).items():
             if value < (name == "batch_size"):
                 raise ValueError(f"{name} must be at least {int(name == 'batch_size')}, got {value}")
@@ -869,4 +883,4 @@ class ImageBatches:
         n, (c, h, w) = len(self.images), self.images.shape
         readers = f"{self.workers} workers" if self.workers else "this process"
         where = f"on {self.device} for the whole run" if self.resident else f"read by {readers}: {self.why}"
-        return f"{n:,} images of {h}×{w}, {'grey' if c == 1 else 'RGB'}: {n * c * h * w / 1e6:,.1f} MB, {where}"
+        return f"{n:,} images of {h}×{w}, {'grey' if c == 1 else 'RGB'}: {amount(n * c * h * w)}, {where}"
