@@ -189,7 +189,8 @@ def folder_of_images(folder: Path, d, pixels) -> None:
         warnings.simplefilter("ignore")
         for source, broken in ((root, 2), (folder / "few.parquet", 0)):  # no more: a wrong type would look like one
             few = d.load_images(source, memory=0, max_broken=broken)
-            d.load_images(source, n=5, max_broken=broken), d.load_images(source, 4), few.read(range(5)), few.shelf.title(0)
+            d.load_images(source, n=5, max_broken=broken), d.load_images(source, 4)
+            few.read(range(4)), few.shelf.title(0)
         d.load_images(folder / "few.parquet", (4, 3), stream=True, max_broken=0)
     d.load_images("digits", 4), d.parquet_files(folder, "train"), d.split_of("data/train-00000-of-00001.parquet")
     with contextlib.suppress(ValueError):
