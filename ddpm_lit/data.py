@@ -9,7 +9,7 @@ __all__ = ['NAMED', 'FORMATS', 'SUFFIXES', 'SPLITS', 'HUB', 'outline', 'Images',
            'need_datasets', 'quiet_datasets', 'table_of', 'open_cell', 'whole_labels', 'Rows', 'cores', 'attempts',
            'need_one_size', 'survey', 'planes', 'into_memory', 'StoredImages', 'free_memory', 'load_shelf',
            'load_stream', 'split_of', 'parquet_files', 'local_shelf', 'hub_shelf', 'first_images', 'load_images',
-           'amount', 'residence', 'Turns', 'loaded', 'ImageBatches']
+           'amount', 'residence', 'finished', 'Turns', 'loaded', 'ImageBatches']
 
 # %% ../nbs/09_data.ipynb #8
 import contextlib
@@ -42,7 +42,7 @@ def outline(name: str, n: int, shape: tuple[int, int, int], classes: Sequence[st
     kinds = f", {len(classes)} classes" if classes else ""
     return f"{name}: {n} of {h}×{w}, {'grey' if c == 1 else 'RGB'}{kinds}"
 
-
+# %% ../nbs/09_data.ipynb #9
 @dataclass(frozen=True, eq=False)
 class Images:
     """N images of 8 bits in memory, with one (grey) or three (RGB) channels, and their labels where there are any.
@@ -82,7 +82,7 @@ class Images:
     def __repr__(self):
         return f"Images({outline(self.name, len(self), self.shape, self.classes)})"
 
-# %% ../nbs/09_data.ipynb #12
+# %% ../nbs/09_data.ipynb #13
 def load_digits() -> Images:
     "scikit-learn's 1,797 handwritten digits, 8×8; their 17 grey levels v become the whole number nearest v·255/16."
     from sklearn import datasets
@@ -105,7 +105,7 @@ def load_mnist5k() -> Images:
 
 NAMED = {"digits": load_digits, "mnist5k": load_mnist5k}
 
-# %% ../nbs/09_data.ipynb #17
+# %% ../nbs/09_data.ipynb #18
 def channels_first(array: np.ndarray) -> UInt8[Tensor, "n c h w"]:
     """A uint8 array (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels, as (n, c, h, w).
 
@@ -127,7 +127,7 @@ def whole_numbers(labels: np.ndarray | None) -> Tensor | None:
         raise ValueError(f"labels must be whole numbers, got {labels.dtype}")
     return None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
-# %% ../nbs/09_data.ipynb #18
+# %% ../nbs/09_data.ipynb #19
 def load_array(path: Path) -> Images:
     """Images of a `.npy` file, or of a `.npz` file under `images`, with labels under `labels` where it has them.
 
@@ -146,7 +146,7 @@ def load_array(path: Path) -> Images:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
-# %% ../nbs/09_data.ipynb #22
+# %% ../nbs/09_data.ipynb #23
 def to_network(pixels: UInt8[Tensor, "..."], dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     "Pixels 0 … 255 as the network reads them: -1 … 1 (Ho et al. 2020, section 3.3)."
     return (pixels.to(torch.promote_types(dtype, torch.float32)) / 127.5 - 1).to(dtype)
@@ -156,7 +156,7 @@ def to_pixels(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
     "The pixels nearest to `x`, which is in [-1, 1] or is cut to it; the exact inverse of `to_network`."
     return ((x.to(torch.promote_types(x.dtype, torch.float32)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/09_data.ipynb #25
+# %% ../nbs/09_data.ipynb #26
 def image_grid(
     images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, gap: int = 1
 ) -> UInt8[np.ndarray, "..."]:
@@ -177,7 +177,7 @@ def image_grid(
     grid = grid[: len(grid) - gap, : grid.shape[1] - gap]
     return (grid if grid.shape[2] == 3 else grid[..., 0]).numpy()
 
-# %% ../nbs/09_data.ipynb #26
+# %% ../nbs/09_data.ipynb #27
 def save_grid(path, images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, side: int = 64) -> None:
     "Write `image_grid` as a PNG file, enlarged by the whole factor that brings an image nearest to `side` pixels."
     from PIL import Image
@@ -204,7 +204,7 @@ def show(images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, 
     ax.set_title(title)
     return ax
 
-# %% ../nbs/09_data.ipynb #31
+# %% ../nbs/09_data.ipynb #32
 def eight_bits(image) -> UInt8[np.ndarray, "h w *rgb"]:
     """A PIL image as 8 bits, (h, w) if it is grey, else (h, w, 3); what is transparent is laid over white.
 
@@ -227,7 +227,7 @@ def eight_bits(image) -> UInt8[np.ndarray, "h w *rgb"]:
         return flat[..., 0]
     return flat
 
-
+# %% ../nbs/09_data.ipynb #33
 # Pillow reads more, but one of its formats is a program to be run (EPS), and others are known by no mark of their own.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
@@ -271,7 +271,7 @@ def header(file: io.IOBase) -> tuple[int, tuple[int, int]]:
     array = decoded(file)
     return 1 if array.ndim == 2 else 3, array.shape[:2]
 
-# %% ../nbs/09_data.ipynb #36
+# %% ../nbs/09_data.ipynb #38
 @dataclass(frozen=True, eq=False)
 class Files:
     "Image files by their paths below `root`, with `/` between the parts on every machine; labels where there are any."
@@ -298,7 +298,7 @@ class Files:
         labels = None if self.labels is None else self.labels[torch.tensor(kept)]
         return Files(self.root, tuple(self.names[i] for i in kept), self.name, labels, self.classes)
 
-
+# %% ../nbs/09_data.ipynb #39
 def paths_below(root: Path, suffixes: Sequence[str]) -> list[str]:
     "The files below `root` with one of these endings, hidden ones left out, as sorted relative paths with `/`."
     found = []
@@ -335,7 +335,7 @@ def image_folder(root: Path, split: str) -> Files:
     labels = torch.tensor([classes.index(part) for part in parts])
     return Files(root, tuple(names), root.resolve().name, labels, tuple(classes))
 
-# %% ../nbs/09_data.ipynb #38
+# %% ../nbs/09_data.ipynb #41
 def reason(error: BaseException) -> str:
     "What went wrong, in one line."
     if isinstance(error, (struct.error, EOFError, IndexError)):
@@ -366,7 +366,7 @@ class Broken:
         if self.found:
             warnings.warn(f"{self.source}: {self}; {done}", stacklevel=4)
 
-# %% ../nbs/09_data.ipynb #42
+# %% ../nbs/09_data.ipynb #45
 def need_datasets():
     "The package `datasets`; `ImportError` tells how to install it."
     try:
@@ -422,7 +422,7 @@ def whole_labels(values: Iterable) -> Int64[Tensor, "n"] | None:
     values = list(values)
     return torch.tensor(values) if all(type(value) is int for value in values) else None
 
-# %% ../nbs/09_data.ipynb #43
+# %% ../nbs/09_data.ipynb #46
 class Rows:
     """The images in a table of `datasets`, one in a row. `ValueError` where no column holds images.
 
@@ -475,7 +475,7 @@ class Rows:
         "Only the images of these numbers."
         return Rows(self.table.select(kept), self.name)
 
-# %% ../nbs/09_data.ipynb #47
+# %% ../nbs/09_data.ipynb #50
 def cores() -> int:
     "Processor cores for this process: of those that it may use, its share among the processes of a training run here."
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -528,7 +528,7 @@ def survey(shelf, size: tuple[int, int] | None, broken: Broken):
     kept = shelf.select([i for i in range(n) if i not in missing]) if missing else shelf
     return kept, (channels, *wanted)
 
-# %% ../nbs/09_data.ipynb #48
+# %% ../nbs/09_data.ipynb #51
 def planes(array: UInt8[np.ndarray, "h w *rgb"], c: int) -> UInt8[np.ndarray, "c h w"]:
     "A decoded picture with the channels in front; a grey one is repeated where `c` is 3."
     return rearrange(array, "h w c -> c h w") if array.ndim == 3 else repeat(array, "h w -> c h w", c=c)
@@ -551,7 +551,7 @@ def into_memory(shelf, shape: tuple[int, int, int], size, broken: Broken, progre
     labels = None if shelf.labels is None else shelf.labels[torch.tensor(kept)]
     return Images(torch.from_numpy(pixels[: len(kept)]), labels, shelf.name, shelf.classes)
 
-# %% ../nbs/09_data.ipynb #49
+# %% ../nbs/09_data.ipynb #52
 class StoredImages:
     """N images (c, h, w) of 8 bits that stay encoded on their shelf, `Files` or `Rows`, and are decoded when read.
 
@@ -609,7 +609,7 @@ class StoredImages:
         self.note(unusable)
         return pixels
 
-# %% ../nbs/09_data.ipynb #50
+# %% ../nbs/09_data.ipynb #53
 def free_memory() -> int:
     """Bytes of memory that a process may still take on this machine: of its container, shared among local processes.
 
@@ -665,7 +665,7 @@ def load_stream(rows: Rows, size, n: int | None, max_broken: int | None, memory:
     pixels = np.stack([planes(array, channels) for array in arrays])
     return Images(torch.from_numpy(pixels), whole_labels(marks), rows.name, rows.classes)
 
-# %% ../nbs/09_data.ipynb #52
+# %% ../nbs/09_data.ipynb #55
 def split_of(path: str) -> str | None:
     "The split that a relative path speaks of, as the Hub names its files or in plain words; else None."
     hub = re.search(r"([\w.-]+?)-\d{5}-of-\d{5}[\w-]*\.parquet$", path)
@@ -700,7 +700,7 @@ def local_shelf(path: Path, split: str, stream: bool, progress: bool) -> Files |
         raise ValueError(f"source must be a folder, or a file that ends in .npy, .npz or .parquet; got {str(path)!r}")
     return image_folder(path, split)
 
-# %% ../nbs/09_data.ipynb #53
+# %% ../nbs/09_data.ipynb #56
 HUB = {
     "mnist": "ylecun/mnist",
     "fashion_mnist": "zalando-datasets/fashion_mnist",
@@ -733,7 +733,7 @@ def first_images(images: Images, size: tuple[int, int] | None, n: int | None) ->
         pixels = torch.from_numpy(np.stack([planes(resized(array, size), images.shape[0]) for array in arrays]))
     return Images(pixels, None if images.labels is None else images.labels[:n], images.name, images.classes)
 
-# %% ../nbs/09_data.ipynb #54
+# %% ../nbs/09_data.ipynb #57
 def load_images(
     source: str | os.PathLike = "digits",
     size: int | tuple[int, int] | None = None,
@@ -767,7 +767,7 @@ def load_images(
     shelf = shelf if n is None or n >= len(shelf) else shelf.select(range(n))
     return load_shelf(shelf, size, max_broken, memory, progress)
 
-# %% ../nbs/09_data.ipynb #62
+# %% ../nbs/09_data.ipynb #65
 def amount(size: int) -> str:
     "A number of bytes in words."
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
@@ -789,6 +789,15 @@ def residence(images: Images | StoredImages, device: torch.device, wanted: bool 
     if free is not None and total > free / 2:
         return False, f"{amount(total)} are more than half of the {amount(free)} free on {device}"
     return True, ""
+
+
+def finished(
+    pixels: UInt8[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"], device: torch.device
+) -> Float[Tensor, "b c h w"]:
+    "Pixels brought to the device and to [-1, 1], some of them mirrored left to right."
+    x, mirrored = (value.to(device, non_blocking=True) for value in (pixels, mirrored))
+    x = to_network(x)
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
 
 @dataclass
@@ -816,9 +825,9 @@ def loaded(batches: "ImageBatches") -> Iterator[Float[Tensor, "batch c h w"]]:
     for pixels, mirrored, unusable in loader:
         if unusable:
             batches.images.note(unusable)
-        yield batches.finished(pixels, mirrored)
+        yield finished(pixels, mirrored, batches.device)
 
-# %% ../nbs/09_data.ipynb #63
+# %% ../nbs/09_data.ipynb #66
 class ImageBatches:
     """An endless stream of batches (batch_size, c, h, w) in [-1, 1] on `device`, for one of several processes.
 
@@ -863,17 +872,11 @@ class ImageBatches:
             place += len(parts[-1])
         return torch.cat(parts)
 
-    def finished(self, pixels: UInt8[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
-        "Pixels brought to the device, to [-1, 1] and, where asked for, mirrored."
-        x, mirrored = (value.to(self.device, non_blocking=True) for value in (pixels, mirrored))
-        x = to_network(x)
-        return torch.where(mirrored[:, None, None, None], x.flip(-1), x) if self.flip else x
-
     def batch(self, k: int) -> Float[Tensor, "batch c h w"]:
         "Batch k, counted from the one that begins at `start`; made by this process, and where resident on the device."
         turn, n = self.indices(k), len(self.images)
         pixels = self.pixels[turn % n] if self.resident else self.images.read(turn % n)
-        return self.finished(pixels, turn >= n)
+        return finished(pixels, turn >= n, self.device)
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch c h w"]]:
         return map(self.batch, itertools.count()) if self.resident else loaded(self)
