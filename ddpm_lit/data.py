@@ -6,10 +6,10 @@
 __all__ = ['NAMED', 'FORMATS', 'SUFFIXES', 'SPLITS', 'HUB', 'outline', 'Images', 'load_digits', 'load_mnist5k', 'channels_first',
            'whole_numbers', 'load_array', 'to_network', 'to_pixels', 'image_grid', 'save_grid', 'show', 'eight_bits',
            'opened', 'resized', 'decoded', 'header', 'Files', 'paths_below', 'image_folder', 'reason', 'Broken',
-           'need_datasets', 'quiet_datasets', 'table_of', 'open_cell', 'whole_labels', 'Rows', 'attempts',
+           'need_datasets', 'quiet_datasets', 'table_of', 'open_cell', 'whole_labels', 'Rows', 'cores', 'attempts',
            'need_one_size', 'survey', 'planes', 'into_memory', 'StoredImages', 'free_memory', 'load_shelf',
            'load_stream', 'split_of', 'parquet_files', 'local_shelf', 'hub_shelf', 'first_images', 'load_images',
-           'residence', 'Turns', 'loaded', 'ImageBatches']
+           'amount', 'residence', 'finished', 'Turns', 'loaded', 'ImageBatches']
 
 # %% ../nbs/09_data.ipynb #8
 import contextlib
@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ def outline(name: str, n: int, shape: tuple[int, int, int], classes: Sequence[st
     kinds = f", {len(classes)} classes" if classes else ""
     return f"{name}: {n} of {h}×{w}, {'grey' if c == 1 else 'RGB'}{kinds}"
 
-
+# %% ../nbs/09_data.ipynb #9
 @dataclass(frozen=True, eq=False)
 class Images:
     """N images of 8 bits in memory, with one (grey) or three (RGB) channels, and their labels where there are any.
@@ -83,7 +82,7 @@ class Images:
     def __repr__(self):
         return f"Images({outline(self.name, len(self), self.shape, self.classes)})"
 
-# %% ../nbs/09_data.ipynb #12
+# %% ../nbs/09_data.ipynb #13
 def load_digits() -> Images:
     "scikit-learn's 1,797 handwritten digits, 8×8; their 17 grey levels v become the whole number nearest v·255/16."
     from sklearn import datasets
@@ -106,7 +105,7 @@ def load_mnist5k() -> Images:
 
 NAMED = {"digits": load_digits, "mnist5k": load_mnist5k}
 
-# %% ../nbs/09_data.ipynb #17
+# %% ../nbs/09_data.ipynb #18
 def channels_first(array: np.ndarray) -> UInt8[Tensor, "n c h w"]:
     """A uint8 array (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels, as (n, c, h, w).
 
@@ -128,7 +127,7 @@ def whole_numbers(labels: np.ndarray | None) -> Tensor | None:
         raise ValueError(f"labels must be whole numbers, got {labels.dtype}")
     return None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
-# %% ../nbs/09_data.ipynb #18
+# %% ../nbs/09_data.ipynb #19
 def load_array(path: Path) -> Images:
     """Images of a `.npy` file, or of a `.npz` file under `images`, with labels under `labels` where it has them.
 
@@ -147,7 +146,7 @@ def load_array(path: Path) -> Images:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
-# %% ../nbs/09_data.ipynb #22
+# %% ../nbs/09_data.ipynb #23
 def to_network(pixels: UInt8[Tensor, "..."], dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     "Pixels 0 … 255 as the network reads them: -1 … 1 (Ho et al. 2020, section 3.3)."
     return (pixels.to(torch.promote_types(dtype, torch.float32)) / 127.5 - 1).to(dtype)
@@ -157,7 +156,7 @@ def to_pixels(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
     "The pixels nearest to `x`, which is in [-1, 1] or is cut to it; the exact inverse of `to_network`."
     return ((x.to(torch.promote_types(x.dtype, torch.float32)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/09_data.ipynb #25
+# %% ../nbs/09_data.ipynb #26
 def image_grid(
     images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, gap: int = 1
 ) -> UInt8[np.ndarray, "..."]:
@@ -178,7 +177,7 @@ def image_grid(
     grid = grid[: len(grid) - gap, : grid.shape[1] - gap]
     return (grid if grid.shape[2] == 3 else grid[..., 0]).numpy()
 
-# %% ../nbs/09_data.ipynb #26
+# %% ../nbs/09_data.ipynb #27
 def save_grid(path, images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, side: int = 64) -> None:
     "Write `image_grid` as a PNG file, enlarged by the whole factor that brings an image nearest to `side` pixels."
     from PIL import Image
@@ -205,7 +204,7 @@ def show(images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, 
     ax.set_title(title)
     return ax
 
-# %% ../nbs/09_data.ipynb #31
+# %% ../nbs/09_data.ipynb #32
 def eight_bits(image) -> UInt8[np.ndarray, "h w *rgb"]:
     """A PIL image as 8 bits, (h, w) if it is grey, else (h, w, 3); what is transparent is laid over white.
 
@@ -228,13 +227,13 @@ def eight_bits(image) -> UInt8[np.ndarray, "h w *rgb"]:
         return flat[..., 0]
     return flat
 
-
+# %% ../nbs/09_data.ipynb #33
 # Pillow reads more, but one of its formats is a program to be run (EPS), and others are known by no mark of their own.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
 
 
-def opened(file: BinaryIO):
+def opened(file: io.IOBase):
     "The picture in an open file as a PIL image whose pixels are not read yet; only of the formats in `FORMATS`."
     from PIL import Image
 
@@ -249,7 +248,7 @@ def resized(array: UInt8[np.ndarray, "h w *rgb"], size: tuple[int, int]) -> UInt
     return np.array(ImageOps.fit(Image.fromarray(array), size[::-1], Image.Resampling.LANCZOS))
 
 
-def decoded(file: BinaryIO, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w *rgb"]:
+def decoded(file: io.IOBase, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w *rgb"]:
     """The picture in an open file, upright, over white, in 8 bits: (h, w) if it is grey, else (h, w, 3).
 
     With `size` it is `resized`; nothing happens to a picture that has this size.
@@ -261,7 +260,7 @@ def decoded(file: BinaryIO, size: tuple[int, int] | None = None) -> UInt8[np.nda
     return array if size is None or array.shape[:2] == size else resized(array, size)
 
 
-def header(file: BinaryIO) -> tuple[int, tuple[int, int]]:
+def header(file: io.IOBase) -> tuple[int, tuple[int, int]]:
     "Channels, and height and width, of what `decoded` makes of an open file; from the header, where that says it."
     from PIL import Image
 
@@ -272,7 +271,7 @@ def header(file: BinaryIO) -> tuple[int, tuple[int, int]]:
     array = decoded(file)
     return 1 if array.ndim == 2 else 3, array.shape[:2]
 
-# %% ../nbs/09_data.ipynb #36
+# %% ../nbs/09_data.ipynb #38
 @dataclass(frozen=True, eq=False)
 class Files:
     "Image files by their paths below `root`, with `/` between the parts on every machine; labels where there are any."
@@ -290,7 +289,7 @@ class Files:
         "What image i is called in a message."
         return self.names[i]
 
-    def open(self, i: int) -> BinaryIO:
+    def open(self, i: int) -> io.IOBase:
         "Image i, to be read and closed."
         return open(self.root / self.names[i], "rb")
 
@@ -299,7 +298,7 @@ class Files:
         labels = None if self.labels is None else self.labels[torch.tensor(kept)]
         return Files(self.root, tuple(self.names[i] for i in kept), self.name, labels, self.classes)
 
-
+# %% ../nbs/09_data.ipynb #39
 def paths_below(root: Path, suffixes: Sequence[str]) -> list[str]:
     "The files below `root` with one of these endings, hidden ones left out, as sorted relative paths with `/`."
     found = []
@@ -336,11 +335,9 @@ def image_folder(root: Path, split: str) -> Files:
     labels = torch.tensor([classes.index(part) for part in parts])
     return Files(root, tuple(names), root.resolve().name, labels, tuple(classes))
 
-# %% ../nbs/09_data.ipynb #38
+# %% ../nbs/09_data.ipynb #41
 def reason(error: BaseException) -> str:
-    "What went wrong, in one line: the first line of the innermost cause."
-    while error.__cause__ is not None:
-        error = error.__cause__
+    "What went wrong, in one line."
     if isinstance(error, (struct.error, EOFError, IndexError)):
         return "file is cut short"  # so decoders run out of bytes
     text = str(error).strip() or type(error).__name__
@@ -362,18 +359,20 @@ class Broken:
     def __str__(self) -> str:
         listed = "; ".join(f"{name} ({why})" for name, why in itertools.islice(self.found.items(), 5))
         more = f"; and {len(self.found) - 5} more" if len(self.found) > 5 else ""
-        return f"{len(self.found)} images cannot be used: {listed}{more}".replace("1 images", "1 image")
+        return f"{len(self.found)} image{'s' * (len(self.found) > 1)} cannot be used: {listed}{more}"
 
     def warn(self, done: str) -> None:
         "One warning that tells them, if there are any, and what was `done` about it."
         if self.found:
             warnings.warn(f"{self.source}: {self}; {done}", stacklevel=4)
 
-# %% ../nbs/09_data.ipynb #42
+# %% ../nbs/09_data.ipynb #45
 def need_datasets():
     "The package `datasets`; `ImportError` tells how to install it."
     try:
-        import datasets
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about ipywidgets, which its progress bars want
+            import datasets
     except ImportError as error:
         raise ImportError("parquet files and the Hub need datasets: pip install 'ddpm_lit[data]'") from error
     return datasets
@@ -404,10 +403,11 @@ def table_of(what: str, split: str, stream: bool, progress: bool, *args, **optio
         try:
             return datasets.load_dataset(*args, split=split, streaming=stream, **options)
         except Exception as error:
-            raise ValueError(f"{what} cannot be read: {reason(error)}") from None
+            told = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
+            raise ValueError(f"{what} cannot be read: {reason(told)}") from None
 
 
-def open_cell(cell) -> BinaryIO:
+def open_cell(cell) -> io.IOBase:
     "An encoded image in a table: bytes, or a dict with bytes or with the path of a file."
     cell = cell if isinstance(cell, dict) else {"bytes": cell}
     if cell.get("bytes") is not None:
@@ -422,7 +422,7 @@ def whole_labels(values: Iterable) -> Int64[Tensor, "n"] | None:
     values = list(values)
     return torch.tensor(values) if all(type(value) is int for value in values) else None
 
-# %% ../nbs/09_data.ipynb #43
+# %% ../nbs/09_data.ipynb #46
 class Rows:
     """The images in a table of `datasets`, one in a row. `ValueError` where no column holds images.
 
@@ -432,7 +432,10 @@ class Rows:
 
     def __init__(self, table, name: str):
         datasets = need_datasets()
-        features = table.features or table._resolve_features().features
+        try:
+            features = table.features or table._resolve_features().features
+        except Exception as error:
+            raise ValueError(f"{name}: its columns cannot be found out: {reason(error)}") from None
         typed = [key for key in features if isinstance(features[key], datasets.Image)]
         named = [key for key in ("img", "image") if key in features]
         images = [key for key in named if key in typed] + typed + named
@@ -457,7 +460,7 @@ class Rows:
         "What image i is called in a message."
         return f"row {i}"
 
-    def open(self, i: int) -> BinaryIO:
+    def open(self, i: int) -> io.IOBase:
         "Image i, to be read and closed."
         return open_cell(self.table[i][self.column])
 
@@ -472,7 +475,13 @@ class Rows:
         "Only the images of these numbers."
         return Rows(self.table.select(kept), self.name)
 
-# %% ../nbs/09_data.ipynb #47
+# %% ../nbs/09_data.ipynb #50
+def cores() -> int:
+    "Processor cores for this process: of those that it may use, its share among the processes of a training run here."
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def attempts(call: Callable, shelf, indices: Sequence[int], progress: bool = False) -> Iterator[tuple[int, object]]:
     "Each i of `indices` in turn, with what `call` makes of image i or the exception that it raises; in a few threads."
     from tqdm import tqdm
@@ -484,7 +493,7 @@ def attempts(call: Callable, shelf, indices: Sequence[int], progress: bool = Fal
         except Exception as error:  # whatever a decoder stumbles over
             return i, error
 
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(indices), disable=not progress) as bar:
+    with ThreadPool(min(8, cores())) as pool, tqdm(total=len(indices), disable=not progress) as bar:
         for found in pool.imap(attempt, indices, chunksize=16):
             bar.update()
             yield found
@@ -519,7 +528,7 @@ def survey(shelf, size: tuple[int, int] | None, broken: Broken):
     kept = shelf.select([i for i in range(n) if i not in missing]) if missing else shelf
     return kept, (channels, *wanted)
 
-# %% ../nbs/09_data.ipynb #48
+# %% ../nbs/09_data.ipynb #51
 def planes(array: UInt8[np.ndarray, "h w *rgb"], c: int) -> UInt8[np.ndarray, "c h w"]:
     "A decoded picture with the channels in front; a grey one is repeated where `c` is 3."
     return rearrange(array, "h w c -> c h w") if array.ndim == 3 else repeat(array, "h w -> c h w", c=c)
@@ -542,7 +551,7 @@ def into_memory(shelf, shape: tuple[int, int, int], size, broken: Broken, progre
     labels = None if shelf.labels is None else shelf.labels[torch.tensor(kept)]
     return Images(torch.from_numpy(pixels[: len(kept)]), labels, shelf.name, shelf.classes)
 
-# %% ../nbs/09_data.ipynb #49
+# %% ../nbs/09_data.ipynb #52
 class StoredImages:
     """N images (c, h, w) of 8 bits that stay encoded on their shelf, `Files` or `Rows`, and are decoded when read.
 
@@ -591,8 +600,8 @@ class StoredImages:
         for i, why in unusable.items():
             if self.shelf.title(i) not in self.broken.found:
                 self.broken.add(self.shelf.title(i), why)
-                count = f"{len(self.broken.found)} of at most {self.broken.limit}"
-                warnings.warn(f"{self.name}: {self.shelf.title(i)} {why}; replaced by the next ({count})", stacklevel=3)
+                told = f"{self.name}: {self.shelf.title(i)}: {why}; replaced by the next sound image"
+                warnings.warn(f"{told} ({len(self.broken.found)} of at most {self.broken.limit})", stacklevel=3)
 
     def read(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> UInt8[Tensor, "b c h w"]:
         "The images of these numbers."
@@ -600,7 +609,7 @@ class StoredImages:
         self.note(unusable)
         return pixels
 
-# %% ../nbs/09_data.ipynb #50
+# %% ../nbs/09_data.ipynb #53
 def free_memory() -> int:
     """Bytes of memory that a process may still take on this machine: of its container, shared among local processes.
 
@@ -656,7 +665,7 @@ def load_stream(rows: Rows, size, n: int | None, max_broken: int | None, memory:
     pixels = np.stack([planes(array, channels) for array in arrays])
     return Images(torch.from_numpy(pixels), whole_labels(marks), rows.name, rows.classes)
 
-# %% ../nbs/09_data.ipynb #52
+# %% ../nbs/09_data.ipynb #55
 def split_of(path: str) -> str | None:
     "The split that a relative path speaks of, as the Hub names its files or in plain words; else None."
     hub = re.search(r"([\w.-]+?)-\d{5}-of-\d{5}[\w-]*\.parquet$", path)
@@ -691,7 +700,7 @@ def local_shelf(path: Path, split: str, stream: bool, progress: bool) -> Files |
         raise ValueError(f"source must be a folder, or a file that ends in .npy, .npz or .parquet; got {str(path)!r}")
     return image_folder(path, split)
 
-# %% ../nbs/09_data.ipynb #53
+# %% ../nbs/09_data.ipynb #56
 HUB = {
     "mnist": "ylecun/mnist",
     "fashion_mnist": "zalando-datasets/fashion_mnist",
@@ -724,7 +733,7 @@ def first_images(images: Images, size: tuple[int, int] | None, n: int | None) ->
         pixels = torch.from_numpy(np.stack([planes(resized(array, size), images.shape[0]) for array in arrays]))
     return Images(pixels, None if images.labels is None else images.labels[:n], images.name, images.classes)
 
-# %% ../nbs/09_data.ipynb #54
+# %% ../nbs/09_data.ipynb #57
 def load_images(
     source: str | os.PathLike = "digits",
     size: int | tuple[int, int] | None = None,
@@ -758,7 +767,12 @@ def load_images(
     shelf = shelf if n is None or n >= len(shelf) else shelf.select(range(n))
     return load_shelf(shelf, size, max_broken, memory, progress)
 
-# %% ../nbs/09_data.ipynb #62
+# %% ../nbs/09_data.ipynb #65
+def amount(size: int) -> str:
+    "A number of bytes in words."
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def residence(images: Images | StoredImages, device: torch.device, wanted: bool | None) -> tuple[bool, str]:
     """Whether the pixels shall live on the device for a whole run, and why, in words.
 
@@ -773,8 +787,17 @@ def residence(images: Images | StoredImages, device: torch.device, wanted: bool 
     if not isinstance(images, Images):
         return False, "they are decoded as they come"
     if free is not None and total > free / 2:
-        return False, f"{total / 1e9:.1f} GB are more than half of the {free / 1e9:.1f} GB free on {device}"
+        return False, f"{amount(total)} are more than half of the {amount(free)} free on {device}"
     return True, ""
+
+
+def finished(
+    pixels: UInt8[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"], device: torch.device
+) -> Float[Tensor, "b c h w"]:
+    "Pixels brought to the device and to [-1, 1], some of them mirrored left to right."
+    x, mirrored = (value.to(device, non_blocking=True) for value in (pixels, mirrored))
+    x = to_network(x)
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
 
 @dataclass
@@ -802,9 +825,9 @@ def loaded(batches: "ImageBatches") -> Iterator[Float[Tensor, "batch c h w"]]:
     for pixels, mirrored, unusable in loader:
         if unusable:
             batches.images.note(unusable)
-        yield batches.finished(pixels, mirrored)
+        yield finished(pixels, mirrored, batches.device)
 
-# %% ../nbs/09_data.ipynb #63
+# %% ../nbs/09_data.ipynb #66
 class ImageBatches:
     """An endless stream of batches (batch_size, c, h, w) in [-1, 1] on `device`, for one of several processes.
 
@@ -818,7 +841,7 @@ class ImageBatches:
         self, images: Images | StoredImages, batch_size: int, device="cpu", seed: int = 0, flip: bool = False,
         start: int = 0, process: tuple[int, int] = (0, 1), workers: int | None = None, resident: bool | None = None,
     ):  # fmt: skip
-        workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        workers = min(8, cores()) if workers is None else workers
         for name, value in dict(batch_size=batch_size, seed=seed, start=start, workers=workers).items():
             if value < (name == "batch_size"):
                 raise ValueError(f"{name} must be at least {int(name == 'batch_size')}, got {value}")
@@ -849,17 +872,11 @@ class ImageBatches:
             place += len(parts[-1])
         return torch.cat(parts)
 
-    def finished(self, pixels: UInt8[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
-        "Pixels brought to the device, to [-1, 1] and, where asked for, mirrored."
-        x, mirrored = (value.to(self.device, non_blocking=True) for value in (pixels, mirrored))
-        x = to_network(x)
-        return torch.where(mirrored[:, None, None, None], x.flip(-1), x) if self.flip else x
-
     def batch(self, k: int) -> Float[Tensor, "batch c h w"]:
         "Batch k, counted from the one that begins at `start`; made by this process, and where resident on the device."
         turn, n = self.indices(k), len(self.images)
         pixels = self.pixels[turn % n] if self.resident else self.images.read(turn % n)
-        return self.finished(pixels, turn >= n)
+        return finished(pixels, turn >= n, self.device)
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch c h w"]]:
         return map(self.batch, itertools.count()) if self.resident else loaded(self)
@@ -869,4 +886,4 @@ class ImageBatches:
         n, (c, h, w) = len(self.images), self.images.shape
         readers = f"{self.workers} workers" if self.workers else "this process"
         where = f"on {self.device} for the whole run" if self.resident else f"read by {readers}: {self.why}"
-        return f"{n:,} images of {h}×{w}, {'grey' if c == 1 else 'RGB'}: {n * c * h * w / 1e6:,.1f} MB, {where}"
+        return f"{n:,} images of {h}×{w}, {'grey' if c == 1 else 'RGB'}: {amount(n * c * h * w)}, {where}"

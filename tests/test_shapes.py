@@ -126,7 +126,11 @@ def calls(folder: Path) -> None:
     len(few), repr(few), d.image_grid(few), d.image_grid(few.pixels, 4)
     d.save_grid(folder / "grid.png", few), d.show(few, title="digits")
     d.to_pixels(d.to_network(few.pixels)), d.to_network(few.pixels, torch.float64)
-    next(iter(d.ImageBatches(few, 8, flip=True)))
+    folder_of_images(folder, d, digits.pixels[:6, 0].numpy())
+    for images in (few, d.load_images(folder / "pictures", memory=0)):
+        for resident in (None, False):
+            batches = d.ImageBatches(images, 8, flip=True, resident=resident, workers=0, process=(1, 2))
+            next(iter(batches)), batches.batch(1), batches.describe(), images.read([1, 0]), len(images), repr(images)
 
     # 10 training
     config = d.TrainConfig(steps=2, batch_size=4, out=str(folder / "run"), progress=False)
@@ -159,6 +163,38 @@ def calls(folder: Path) -> None:
         assert main(["sample", run, *little, "-n", "2", "--batch-size", "1", "--out", str(folder / name), *words]) == 0
     assert main(["sample", run, "--steps", "0"]) == 2
     assert main(["evaluate", run, *little, "-n", "3", "--bpd", "2"]) == 0
+
+
+def folder_of_images(folder: Path, d, pixels) -> None:
+    "Every function that reads image files and tables, on four images, one in colour, and two broken files."
+    import contextlib
+    import warnings
+
+    import numpy as np
+    from PIL import Image
+
+    root = folder / "pictures"
+    for i, array in enumerate(pixels):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.stack([array] * 3, -1) if i == 2 else array).save(root / "ab"[i % 2] / f"{i}.png")
+    (root / "a/4.png").write_bytes((root / "a/4.png").read_bytes()[:-40])
+    (root / "b/5.png").write_text("no image")
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    hf = d.need_datasets()
+    features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["a", "b"]))
+    table = {"image": [Image.fromarray(array) for array in pixels], "label": [0, 1] * 3}
+    with d.quiet_datasets(False):
+        hf.Dataset.from_dict(table, features).to_parquet(folder / "few.parquet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for source, broken in ((root, 2), (folder / "few.parquet", 0)):  # no more: a wrong type would look like one
+            few = d.load_images(source, memory=0, max_broken=broken)
+            d.load_images(source, n=5, max_broken=broken), d.load_images(source, 4)
+            few.read(range(4)), few.shelf.title(0)
+        d.load_images(folder / "few.parquet", (4, 3), stream=True, max_broken=0)
+    d.load_images("digits", 4), d.parquet_files(folder, "train"), d.split_of("data/train-00000-of-00001.parquet")
+    with contextlib.suppress(ValueError):
+        d.load_images("digit")
 
 
 REFUSED = """
