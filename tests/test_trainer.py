@@ -205,7 +205,8 @@ KILLED = """
 import sys, torch
 from test_trainer import *
 torch.set_num_threads(1)
-trainer = Trainer(tiny(dropout=0.2), load_images("digits"), config(out=sys.argv[1], steps=40, save_every=2, resume=True, flip=True))
+changes = dict(out=sys.argv[1], steps=40, save_every=2, resume=True, flip=True)
+trainer = Trainer(tiny(dropout=0.2), load_images("digits"), config(**changes))
 print("begins at", trainer.step, flush=True)
 trainer.fit()
 torch.save(everything(trainer), sys.argv[2])
@@ -324,7 +325,8 @@ def test_an_older_folder_gives_way_only_to_a_whole_one(tmp_path):
 
 
 def test_a_full_disk_stops_the_run_with_a_line_and_the_last_good_checkpoint_intact(digits, tmp_path, monkeypatch):
-    from safetensors import SafetensorError, torch as safe
+    from safetensors import SafetensorError
+    from safetensors import torch as safe
 
     save, calls = safe.save_file, []
 
@@ -489,7 +491,7 @@ from ddpm_lit.trainer import this_process
 torch.set_num_threads(1)
 here = this_process()
 batch = 16 // here.num_processes
-changes = dict(steps=8, batch_size=batch, save_every=4, flip=True, out=sys.argv[1], resume=True)
+changes = dict(steps=8, lr=1e-4, batch_size=batch, save_every=4, flip=True, out=sys.argv[1], resume=True)
 trainer = Trainer(tiny(), load_images("digits"), config(**changes))
 if "--stop" in sys.argv and here.process_index == here.num_processes - 1:
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.step == 4 and signal.raise_signal(signal.SIGTERM))
@@ -501,7 +503,7 @@ mine = torch.cat([weights(trainer.net), weights(trainer.m.net)])
 for got in trainer.accelerator.gather(mine[None]):
     assert torch.equal(got, mine), "the processes differ"
 if here.is_main_process:
-    torch.save(mine, sys.argv[2])
+    torch.save(torch.cat([trainer.log.losses, mine]), sys.argv[2])
 """
 
 
@@ -519,7 +521,9 @@ def test_two_processes_agree_and_are_one_with_the_double_batch_stopped_or_not(tm
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     _, one = ended(tmp_path / "one", sys.executable)
     _, two = ended(tmp_path / "two", *torchrun)
+    torch.testing.assert_close(two[:8], one[:8], rtol=1e-5, atol=1e-6)  # the losses
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    assert (one[8:] - weights(tiny().net).repeat(2)).abs().median() > 1e-4, "they have moved further than that"
     said, early = ended(tmp_path / "stopped", *torchrun, extra=["--stop"])
     assert said.count("stopped by SIGTERM after step 5") == 2 and Checkpoints(tmp_path / "stopped" / "run").steps() == [
         4,
