@@ -478,7 +478,8 @@ def load_state(learner: Learner, average: DDPM, state: dict[str, Tensor], step: 
     log.skipped = int((~(state["losses"] + state["norms"]).isfinite()).sum())
     mine, processes = learner.process
     if len(state["random.cpu"]) == processes:
-        learner.random = [state[kind][mine] for kind in ("random.cpu", "random.cuda") if kind in state]
+        # torch takes a view for what it is a view of: so clones
+        learner.random = [state[kind][mine].clone() for kind in ("random.cpu", "random.cuda") if kind in state]
 
 # %% ../nbs/10_training.ipynb #44
 PASSING = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress")
