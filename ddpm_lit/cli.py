@@ -20,6 +20,7 @@ import platform
 import shutil
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -655,7 +656,7 @@ def complain(error: BaseException, code: int) -> int:
 
 @contextlib.contextmanager
 def shown_log():
-    "Within, what this library logs is shown on the error stream, without tearing a progress bar."
+    "Within, what is logged or warned of is shown on the error stream, a line each, without tearing a progress bar."
     from tqdm import tqdm
 
     logger, handler = logging.getLogger("ddpm_lit"), logging.Handler()
@@ -664,7 +665,9 @@ def shown_log():
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if first_process() else logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: logger.warning("%s", message)
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])

@@ -36,7 +36,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from . import __version__
+import ddpm_lit
 from .data import ImageBatches, Images, image_grid, save_grid
 from .ddpm import DDPM, one_of
 from .objective import simple_loss
@@ -345,13 +345,14 @@ def trackers(track: str) -> list[str]:
 
 def accelerator_for(c: TrainConfig):
     "accelerate's `Accelerator` with the precision and the curves that `c` asks for."
+    cpu = this_process().device.type == "cpu"
     from accelerate.state import AcceleratorState
 
-    if this_process() and AcceleratorState._shared_state.get("_mixed_precision", c.precision) != c.precision:
+    if AcceleratorState._shared_state.get("_mixed_precision", c.precision) != c.precision:
         AcceleratorState._reset_state()  # else accelerate refuses a second precision in one session
     written = trackers(c.track) if c.out is not None else []
     told = dict(mixed_precision=c.precision, log_with=written or None, project_dir=c.out)
-    return quiet_accelerate().Accelerator(cpu=this_process().device.type == "cpu", **told)
+    return quiet_accelerate().Accelerator(cpu=cpu, **told)
 
 # %% ../nbs/10_training.ipynb #35
 @contextlib.contextmanager
@@ -500,7 +501,7 @@ def run_facts(learner: Learner, images: Images) -> dict:
     "What a checkpoint tells about its run in words and numbers."
     scaler = learner.accelerator.scaler
     return dict(
-        version=__version__,
+        version=ddpm_lit.__version__,
         step=learner.step,
         seen=learner.seen,
         processes=learner.process[1],

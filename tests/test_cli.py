@@ -18,7 +18,7 @@ from ddpm_lit.data import load_images, save_grid
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.evaluate import ClassifierFeatures
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
-from ddpm_lit.trainer import model_folder
+from ddpm_lit.trainer import Checkpoints, model_folder
 
 QUIET = ["--no-progress"]
 
@@ -388,11 +388,68 @@ def test_train_trains_what_it_is_told(tmp_path):
     assert load_images(tmp_path / "s.npz").pixels.shape == (2, 3, 4, 6)
 
 
+SHORT = ["--layers", "1", "--batch-size", "4", "--T", "20", "--beta-T", "0.3", "--track", "none", *QUIET]
+
+
+def final(run):
+    return torch.cat([p.flatten() for p in DDPM.from_pretrained(model_folder(run)).net.parameters()])
+
+
+def test_resume_takes_its_settings_from_the_run_and_pictures_go_with_the_checkpoints(tmp_path, capsys):
+    assert cli.main(["train", "--steps", "4", "--out", str(tmp_path / "a"), "--seed", "3", *SHORT]) == 0
+    assert cli.main(["train", "--steps", "2", "--out", str(tmp_path / "b"), "--seed", "3", *SHORT]) == 0
+    assert cli.main(["train", "--resume", f"--out={tmp_path / 'b'}", "--steps", "4"]) == 0
+    assert "goes on with" not in capsys.readouterr().err
+    assert torch.equal(final(tmp_path / "a"), final(tmp_path / "b"))
+    names = [p.name for p in sorted((tmp_path / "b" / "samples").iterdir())]
+    assert names == ["step-00000002.png", "step-00000004.png"]
+    words = ["train", "--resume", "--out", str(tmp_path / "b")]
+    assert "layers_per_block must be 1" in refused_last(capsys, *words, "--layers", "2")
+    assert "holds a run of 4 steps" in refused_last(capsys, "train", "--out", str(tmp_path / "b"), *SHORT)
+    (tmp_path / "b" / "train.json").write_text("{")
+    assert "train.json cannot be read" in refused_last(capsys, *words)
+
+
+def refused_last(capsys, *words):
+    capsys.readouterr()
+    return refused(capsys, *words)
+
+
+def test_a_terminated_training_saves_says_so_and_goes_on(tmp_path):
+    words = [sys.executable, "-m", "ddpm_lit", "train", "--out", str(tmp_path / "run"), *SHORT]
+    process = subprocess.Popen([*words, "--steps", "100000", "--save-every", "5"], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("run/checkpoints/step-*")):
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    last = err.strip().splitlines()[-1]
+    step = Checkpoints(tmp_path / "run").steps()[-1]
+    assert f"ddpm_lit: stopped by SIGTERM after step {step}: all is saved, go on with --resume --out" in last
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", str(step + 1)]) == 0
+
+
+def test_two_processes_share_a_request_and_an_evaluation(demo, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ddpm_lit"]
+    words = ["sample", str(demo), "-n", "7", "--batch-size", "2", "--steps", "3", *QUIET, "--out"]
+    measure = ["evaluate", str(demo), "-n", "12", "--steps", "3", "--bpd", "4", *QUIET, "--out"]
+    for name, command in (("two.npz", words), ("two.json", measure)):
+        done = subprocess.run([*torchrun, *command, str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("in " + str(tmp_path)) == 1, done.stderr
+    assert cli.main([*words, str(tmp_path / "one.npz")]) == cli.main([*measure, str(tmp_path / "one.json")]) == 0
+    assert torch.equal(load_images(tmp_path / "two.npz").pixels, load_images(tmp_path / "one.npz").pixels)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["bits_per_dim"]["total"] == pytest.approx(one["bits_per_dim"]["total"], rel=1e-5)
+    assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "words,said",
     [
         (["train", "--data", "digitz"], "did you mean 'digits'"),
         (["train", "--T", "1"], "T must be at least 2"),
+        (["train", "--preset", "celebahq256"], "data must be named for the preset celebahq256"),
+        (["train", "--accumulate", "0"], "accumulate must be at least 1"),
         (["train", "--beta-1", "0"], "beta_1 must lie in (0, 1)"),
         (["train", "--beta-T", "1"], "beta_T must lie in (0, 1)"),
         (["train", "--steps", "0"], "steps must be at least 1"),

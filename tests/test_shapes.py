@@ -133,12 +133,15 @@ def calls(folder: Path) -> None:
             next(iter(batches)), batches.batch(1), batches.describe(), images.read([1, 0]), len(images), repr(images)
 
     # 10 training
-    config = d.TrainConfig(steps=2, batch_size=4, out=str(folder / "run"), progress=False)
-    trainer = d.Trainer(m, few, config)
-    trainer.fit(), trainer.log.add(1, torch.tensor(0.5)), d.DDPM.from_pretrained(d.model_folder(folder / "run"))
-
+    config = d.TrainConfig(steps=2, batch_size=4, accumulate=2, save_every=1, out=str(folder / "run"), progress=False)
+    trainer = d.Trainer(m, few, config, draw=lambda m: few.pixels[:4])
+    trainer.fit(), d.DDPM.from_pretrained(d.model_folder(folder / "run"))
+    again = d.TrainConfig(steps=3, batch_size=4, out=str(folder / "run"), resume=True, progress=False)
+    trainer = d.Trainer(d.DDPM.from_pretrained(folder / "run" / "model"), few, again)
+    trainer.fit(), trainer.log.add(1, torch.tensor(0.5), torch.tensor(1.0)), d.quiet_accelerate()
+    repr(d.Stopped(15, 3, None))
     with d.own_randomness(0, torch.device("cpu")), d.advice(config, None):
-        pass
+        d.end_processes()
 
     # 11 sampling
     for variance in d.VARIANCES:
