@@ -450,8 +450,16 @@ def test_the_log_finds_a_row_across_its_readings():
 # -- signals
 
 
+@pytest.fixture
+def heeded():
+    "Ctrl-C has its usual effect, also where the tests run in the background of a shell, which turns it off."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(digits, tmp_path, number, code):
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(heeded, digits, tmp_path, number, code):
     def build(**changes):
         return Trainer(tiny(dropout=0.2), digits, config(steps=8, out=str(tmp_path / "run"), flip=True, **changes))
 
@@ -469,7 +477,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(digits, tmp_path
     assert torch.equal(everything(second), straight(digits, tmp_path, 8))
 
 
-def test_a_second_ctrl_c_does_not_wait(digits):
+def test_a_second_ctrl_c_does_not_wait(heeded, digits):
     trainer = Trainer(tiny(), digits, config())
 
     def twice(*_):
