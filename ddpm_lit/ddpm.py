@@ -107,11 +107,17 @@ class DDPM(nn.Module):
         "What the prediction would be, were x_0 known."
         return PREDICTS[self.predicts][1](self.s, x_t, t, x0)
 
+    def reverse(
+        self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], clip: bool | None = None
+    ) -> tuple[Gaussian, Float[Tensor, "b ..."]]:
+        "`p_step`, and the predicted x_0 that it was made of."
+        out, v = self(x_t, t)
+        x0 = self.x0_hat(x_t, t, out, clip)
+        return Gaussian(q_posterior(self.s, x0, x_t, t).mean, reverse_variance(self.s, self.variance, x_t, t, v)), x0
+
     def p_step(self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], clip: bool | None = None) -> Gaussian:
         "p_theta(x_{t-1} | x_t); with `clip`, the predicted x_0 is cut to [-1, 1] on the way; None: as the model says."
-        out, v = self(x_t, t)
-        mean = q_posterior(self.s, self.x0_hat(x_t, t, out, clip), x_t, t).mean
-        return Gaussian(mean, reverse_variance(self.s, self.variance, x_t, t, v))
+        return self.reverse(x_t, t, clip)[0]
 
     def save_pretrained(self, folder) -> None:
         "Write the model as a diffusers pipeline folder: see `save_ddpm`."
