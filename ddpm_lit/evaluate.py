@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
@@ -298,14 +298,15 @@ def neighbour_distance(features: Float[Tensor, "n d"], k: int, block: int = 1000
 
 def share_within(points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"], radii: Float[Tensor, "m"]) -> float:
     "The share of `points` that lie in a ball around any of the `centres`."
-    return torch.cat([(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(1000)]).double().mean().item()
+    inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(1000)]
+    return torch.cat(inside).double().mean().item()
 
 
 def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 3) -> tuple[float, float]:
     """The share of `samples` among the real ones, and of `real` among the samples, both given by their features.
 
-    "Among" means within the distance of the `k`-th nearest neighbour of any one. Raises `ValueError` for sets of no more
-    than `k`, and of different features. Source: Kynkäänniemi et al. 2019, Eqs. 1 and 2.
+    "Among" means within the distance of the `k`-th nearest neighbour of any one. Raises `ValueError` for sets of no
+    more than `k`, and of different features. Source: Kynkäänniemi et al. 2019, Eqs. 1 and 2.
     """
     if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1]:
         raise ValueError(f"features must be (n, d), (m, d), got {tuple(samples.shape)}, {tuple(real.shape)}")
@@ -334,8 +335,8 @@ class BitsPerDim(NamedTuple):
     """The bound of a data set in bits/dim, by its parts: means over `n` images, and their standard errors.
 
     `terms[0]` is the decoder's, `terms[t]` the divergence at t; `squared_error[t]` is that of the predicted x_0, per
-    entry. Where only `calls` of the T terms were computed for an image, `terms` is still unbiased, `terms_error` is NaN,
-    and `squared_error` NaN for those t that no image got.
+    entry. Where only `calls` of the T terms were computed for an image, `terms` is still unbiased, `terms_error` is
+    NaN, and so is `squared_error` for those t that no image got.
     """
 
     total: float
@@ -361,7 +362,7 @@ def asked_times(s: Schedule, calls: int | None, b: int, generator: torch.Generat
 
     All t where `calls` is None; else the first, which is the decoder's, and `calls` - 1 random ones for each image.
     """
-    device, ones = s.beta.device, torch.ones(b, dtype=torch.float64)
+    ones = torch.ones(b, dtype=torch.float64)
     if calls is None:
         yield from ((torch.full((b,), t), ones) for t in [*range(1, s.T), 0])
         return
@@ -451,10 +452,10 @@ def evaluate_bpd(
 
 # %% ../nbs/12_evaluation.ipynb #60
 class RateDistortion(NamedTuple):
-    """What a receiver of x_T, …, x_t has got, for t = 0 … T as in the paper: bits/dim, and the error of its best guess.
+    """What a receiver of x_T, …, x_t has, for t = 0 … T as in the paper: bits/dim, and the error of its best guess.
 
-    `rate[t]` counts the bits/dim sent by then; `distortion[t]` is the root of the mean squared error of x_0-hat(x_t), in
-    grey levels of 255; at t = 0 everything is known.
+    `rate[t]` counts the bits/dim sent by then; `distortion[t]` is the root of the mean squared error of x_0-hat(x_t),
+    in grey levels of 255; at t = 0 everything is known.
     """
 
     rate: Float64[Tensor, "T+1"]
@@ -467,7 +468,7 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     Source: Ho et al. 2020, section 4.3.
     """
     if bits.calls < len(bits.terms):
-        raise ValueError(f"bits must hold all T = {len(bits.terms)} terms; only {bits.calls} were computed for an image")
+        raise ValueError(f"bits must hold all T = {len(bits.terms)} terms, got {bits.calls} for each image")
     nothing = torch.zeros(1, dtype=torch.float64)
     rate = bits.prior + torch.cat([bits.terms.flip(0).cumsum(0).flip(0), nothing])
     return RateDistortion(rate, torch.cat([nothing, 127.5 * bits.squared_error.sqrt()]))

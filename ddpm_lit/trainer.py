@@ -390,7 +390,8 @@ class Stopped(KeyboardInterrupt):
 def noted_signals(patient: bool) -> Iterator[list[int]]:
     """Within, Ctrl-C and SIGTERM interrupt nothing: their numbers appear in the list that is yielded.
 
-    What was ignored before, as Ctrl-C is behind `nohup`, stays so. A second Ctrl-C has its usual effect, unless `patient`: torchrun sends each signal twice.
+    What was ignored before, as Ctrl-C is behind `nohup`, stays so. A second Ctrl-C has its usual effect, unless
+    `patient`: torchrun sends each signal twice.
     """
     caught, before = [], {}
 
@@ -658,7 +659,7 @@ class Trainer(Learner):
     def __init__(self, m: DDPM, images: Images, config: TrainConfig | None = None, draw: Callable | None = None):
         c, self.images, self.draw = config or TrainConfig(), images, draw
         if m.variance == "learned" and c.objective == "simple":
-            raise ValueError("objective must be 'bound' where the variance is learned: the simple one teaches it nothing")
+            raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
         if isinstance(m.net, UNet):
             m.net.check_images(torch.empty(1, *images.shape, device="meta"))
         self.checkpoints = open_checkpoints(c, m)
