@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint export notebooks clean
+.PHONY: help install demo test lint export notebooks ablation clean
 
 help: ## list what make can do
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
@@ -38,6 +38,11 @@ notebooks: export ## run the chapters again and store what they show; NB=nbs/02_
 		--ExecutePreprocessor.record_timing=False $(NB)
 	$(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.language_info cell.metadata.lines_to_next_cell" $(NB)
 	$(BIN)/nbdev_export  # once more: an export names its cells, and normalising numbers them
+
+ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table of chapter 21: most of an hour for all
+	mkdir -p build
+	$(BIN)/jupytext --quiet --to py:percent --output build/ablation.py nbs/21_ablation.ipynb
+	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
 
 clean: ## remove builds and caches; .venv and what was trained stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.ipynb_checkpoints
