@@ -6,6 +6,7 @@ were run on; that `ddpm_lit/` has not been edited by hand.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -179,3 +180,31 @@ def test_the_library_is_what_the_notebooks_export(tmp_path):
     (edited / "stale.py").write_text("x = 1\n", encoding="utf-8")
     (edited / "checks.py").unlink()
     assert differences(edited, fresh) == ["checks.py", "forward.py", "stale.py"]
+
+
+# What `make ablation` computed is whole, and the chapter that shows it is the program that computes it.
+
+
+def run_as_program(folder: Path) -> subprocess.CompletedProcess:
+    "Chapter 21 in `folder`, as `make ablation` runs it."
+    nb = nbformat.read(ROOT / "nbs" / "21_ablation.ipynb", 4)
+    program = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
+    (folder / "ablation.py").write_text(program, encoding="utf-8")
+    environment = os.environ | {"ABLATION": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
+    told = dict(cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "ablation.py"], **told)
+
+
+def test_the_table_of_the_ablation_is_whole(tmp_path):
+    kept = tmp_path / "21_ablation.jsonl"
+    shutil.copy(ROOT / "nbs" / kept.name, tmp_path)
+    lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["command"] == "make ablation" and "ablation:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    names = ("predicts", "objective", "variance", "seed")
+    assert len({tuple(line[name] for name in names) for line in lines[1:]}) == len(lines) - 1 == 60
+    run = run_as_program(tmp_path)
+    assert run.returncode == 0 and run.stdout == "", run.stderr  # nothing is missing, so nothing is trained
+
+    lines[0]["steps"] += 1
+    kept.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    assert "remove it, and run `make ablation`" in run_as_program(tmp_path).stderr
