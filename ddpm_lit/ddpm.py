@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+import ddpm_lit
 from .forward import Schedule, at
 from .gaussian import Gaussian
 from ddpm_lit.posterior import (
@@ -107,9 +108,7 @@ class DDPM(nn.Module):
         "What the prediction would be, were x_0 known."
         return PREDICTS[self.predicts][1](self.s, x_t, t, x0)
 
-    def reverse(
-        self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], clip: bool | None = None
-    ) -> tuple[Gaussian, Float[Tensor, "b ..."]]:
+    def reverse(self, x_t: Float[Tensor, "b ..."], t, clip: bool | None = None) -> tuple[Gaussian, Tensor]:
         "`p_step`, and the predicted x_0 that it was made of."
         out, v = self(x_t, t)
         x0 = self.x0_hat(x_t, t, out, clip)
@@ -121,13 +120,9 @@ class DDPM(nn.Module):
 
     def save_pretrained(self, folder) -> None:
         "Write the model as a diffusers pipeline folder: see `save_ddpm`."
-        from ddpm_lit.unet import save_ddpm  # the one look ahead in this book: chapter 08 knows the file format
-
-        save_ddpm(self, folder)
+        ddpm_lit.save_ddpm(self, folder)  # the one look ahead in this book: chapter 08 knows the file format
 
     @classmethod
     def from_pretrained(cls, source) -> "DDPM":
         "Read a diffusers DDPM folder, or download one by its Hub id: see `load_ddpm`."
-        from ddpm_lit.unet import load_ddpm
-
-        return load_ddpm(source)
+        return ddpm_lit.load_ddpm(source)
