@@ -75,7 +75,8 @@ class Statistics(NamedTuple):
 
     def save(self, path) -> None:
         "Write an .npz file with the usual entries `mu` and `sigma`, and with `n` and `features`."
-        np.savez(path, mu=self.mean.numpy(), sigma=self.cov.numpy(), n=self.n or 0, features=self.name)
+        with open(path, "wb") as file:  # NumPy would add to the name of a path
+            np.savez(file, mu=self.mean.numpy(), sigma=self.cov.numpy(), n=self.n or 0, features=self.name)
 
     @classmethod
     def load(cls, path) -> "Statistics":
@@ -83,7 +84,7 @@ class Statistics(NamedTuple):
         try:
             with np.load(path) as file:
                 mean, cov = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in ("mu", "sigma"))
-                n, name = (file[key].item() if key in file else None for key in ("n", "features"))
+                n, name = (file[key].item() if key in file and file[key].ndim == 0 else None for key in ("n", "features"))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist") from None
         except Exception as error:  # whatever a file that is no such archive makes NumPy say
@@ -103,6 +104,8 @@ class RunningStatistics:
         "Count a batch in; `ValueError` for numbers that are not finite."
         if features.ndim != 2:
             raise ValueError(f"features must be (n, d), got {tuple(features.shape)}")
+        if self.n and features.shape[1:] != self.mean.shape:
+            raise ValueError(f"features must be (n, {len(self.mean)}) as before, got {tuple(features.shape)}")
         if not features.isfinite().all():
             raise ValueError("features must be finite")
         features = features.double()
@@ -113,7 +116,7 @@ class RunningStatistics:
     def join(self, n: int, mean: Float64[Tensor, "d"], scatter: Float64[Tensor, "d d"]) -> None:
         "Count in what `n` other vectors have for mean and scatter."
         total = self.n + n
-        if total:
+        if n:
             delta = mean - self.mean
             self.mean = self.mean + delta * (n / total)
             self.scatter = self.scatter + scatter + delta[:, None] * delta * (self.n * n / total)
@@ -239,6 +242,8 @@ class InceptionFeatures:
 # %% ../nbs/12_evaluation.ipynb #35
 def my_turns(n: int, batch_size: int) -> list[tuple[int, Int64[Tensor, "b"]]]:
     "The batches of `n` images that fall to this process: the number of each, and the numbers of its images."
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     here = this_process()
     return list(enumerate(torch.arange(n).split(batch_size)))[here.process_index :: here.num_processes]
 
@@ -310,6 +315,8 @@ def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], 
     """
     if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1]:
         raise ValueError(f"features must be (n, d), (m, d), got {tuple(samples.shape)}, {tuple(real.shape)}")
+    if not (samples.isfinite().all() and real.isfinite().all()):
+        raise ValueError("features must be finite")
     if k < 1 or min(len(samples), len(real)) <= k:
         raise ValueError(f"k must be from 1 to less than the number of images, {len(samples)} and {len(real)}; got {k}")
     precision = share_within(samples, real, neighbour_distance(real, k))
@@ -321,6 +328,8 @@ def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10)
 
     Raises `ValueError` for fewer than two images in a part. Source: Salimans et al. 2016, section 4.
     """
+    if not probabilities.isfinite().all():
+        raise ValueError("probabilities must be finite")
     if not 1 <= splits <= len(probabilities) // 2:
         raise ValueError(f"splits must leave two images or more in each part, got {splits} of {len(probabilities)}")
     scores = []
@@ -353,27 +362,29 @@ class BitsPerDim(NamedTuple):
         return self.terms[0].item()
 
     @property
-    def kl(self) -> Float64[Tensor, "T-1"]:
+    def kl(self) -> Float64[Tensor, "k"]:
         return self.terms[1:]
 
 
 def asked_times(s: Schedule, calls: int | None, b: int, generator: torch.Generator | None):
-    """The t of each of `b` images in turn, and the weights that make the sum over them unbiased: pairs of (b,).
+    """The t of each of `b` images in turn, and the weights that make the sum over them unbiased, both (b,).
 
-    All t where `calls` is None; else the first, which is the decoder's, and `calls` - 1 random ones for each image.
+    All t where `calls` is None; else `calls` - 1 random ones for each image. Last comes 0, the decoder's, as the third
+    value says.
     """
-    ones = torch.ones(b, dtype=torch.float64)
+    device = s.beta.device
+    ones = torch.ones(b, dtype=torch.float64, device=device)
     if calls is None:
-        yield from ((torch.full((b,), t), ones) for t in [*range(1, s.T), 0])
-        return
-    shape = (vlb_weight(s) * s.alpha_bar)[1:].cpu()
-    q = (shape / shape.sum() + 1 / len(shape)) / 2
-    edges, k = q.cumsum(0), calls - 1
-    for j in range(k):
-        u = torch.rand(b, generator=generator, dtype=torch.float64, device=generator and generator.device).cpu()
-        i = torch.searchsorted(edges, (j + u) / k).clamp(max=len(q) - 1)
-        yield i + 1, 1 / (k * q[i])
-    yield torch.zeros(b, dtype=torch.long), ones
+        yield from ((torch.full((b,), t, device=device), ones, False) for t in range(1, s.T))
+    else:
+        shape = (vlb_weight(s) * s.alpha_bar)[1:]
+        q = (shape / shape.sum() + 1 / len(shape)) / 2
+        edges, k = q.cumsum(0), calls - 1
+        for j in range(k):
+            u = torch.rand(b, generator=generator, dtype=torch.float64, device=generator and generator.device)
+            i = torch.searchsorted(edges, (j + u.to(device)) / k).clamp(max=len(q) - 1)
+            yield i + 1, 1 / (k * q[i]), False
+    yield torch.zeros(b, dtype=torch.long, device=device), ones, True
 
 # %% ../nbs/12_evaluation.ipynb #46
 def no_sums(T: int, device="cpu") -> dict[str, Float64[Tensor, "..."]]:
@@ -385,15 +396,13 @@ def no_sums(T: int, device="cpu") -> dict[str, Float64[Tensor, "..."]]:
 @torch.no_grad()
 def bound_sums(m: DDPM, x0: Float[Tensor, "b ..."], calls: int | None = None, generator: torch.Generator | None = None):
     "These sums for one batch of 8-bit images in [-1, 1]; `calls` as in `evaluate_bpd`."
-    s, device = m.s, x0.device
-    sums = no_sums(s.T, device)
+    s, sums = m.s, no_sums(m.s.T, x0.device)
     prior = bits_per_dim(prior_term(s, x0), x0).double()
     total = prior.clone()
-    for t, weight in asked_times(s, calls, len(x0), generator):
-        last, (t, weight) = bool(t[0] == 0), (t.to(device), weight.to(device))
+    for t, weight, decodes in asked_times(s, calls, len(x0), generator):
         x_t = q_sample(s, x0, t, randn(x0.shape, x0, generator))
         p, x0_hat = m.reverse(x_t, t)
-        nats = -discretized_log_prob(p, x0) if last else q_posterior(s, x0, x_t, t).kl(p)
+        nats = -discretized_log_prob(p, x0) if decodes else q_posterior(s, x0, x_t, t).kl(p)
         bits = bits_per_dim(per_image(nats), x0).double() * weight
         error = (x0_hat - x0).square().flatten(1).mean(1).double()
         for name, values in dict(terms=bits, squares=bits**2, asked=torch.ones_like(bits), error=error).items():
@@ -407,7 +416,8 @@ def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> Bits
     "The means over `n` images, and their standard errors. `FloatingPointError`, naming t, for what is not finite."
     if not sums["total"].isfinite():
         wrong = (~sums["terms"].isfinite()).nonzero().flatten().tolist()
-        raise FloatingPointError(f"the bound is not finite at t = {', '.join(map(str, wrong[:5]))} …")
+        where = f"first at t = {wrong[0]}, and at {len(wrong)} t in all" if wrong else "in its prior"
+        raise FloatingPointError(f"the bound is not finite: {where}")
     terms, total = sums["terms"] / n, (sums["total"] / n).item()
     variance = ((sums["squares"] / n - terms**2).clamp(min=0)) / (n - 1)
     of_terms = variance.sqrt() if calls is None else torch.full_like(terms, math.nan)
@@ -416,9 +426,10 @@ def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> Bits
     return BitsPerDim(total, of_total, sums["prior"].item() / n, terms, of_terms, x0_error, n, calls or len(terms))
 
 # %% ../nbs/12_evaluation.ipynb #47
-def generators(generator: torch.Generator | None, k: int) -> list[torch.Generator]:
-    "`k` generators, each with a start of its own that `generator` draws."
-    return [torch.Generator().manual_seed(start) for start in torch.randint(2**31, (k,), generator=generator).tolist()]
+def generators(generator: torch.Generator | None, k: int, device="cpu") -> list[torch.Generator]:
+    "`k` generators on `device`, each with a start of its own that `generator` draws."
+    starts = torch.randint(2**31, (k,), generator=generator, device=generator and generator.device)
+    return [torch.Generator(device).manual_seed(start) for start in starts.tolist()]
 
 
 def evaluate_bpd(
@@ -435,19 +446,25 @@ def evaluate_bpd(
 
     Several processes share the batches; each batch has random numbers of its own, started by `generator`, so the result
     is the same. What `kept` holds, by the number of the batch, is not computed again; what is computed is put there.
-    Raises `ValueError` for `n` below 2 or above the number of images, and for `calls` not in 2 … T;
-    `FloatingPointError` for a bound that is not finite. Source: Ho et al. 2020, Eq. 5.
+    Raises `ValueError` for `n` below 2 or above the number of images, for `calls` not in 2 … T, and for sums in `kept`
+    that cannot be of this evaluation; `FloatingPointError` for a bound that is not finite. Source: Ho et al. 2020, Eq. 5.
     """
-    n, kept, T = len(images) if n is None else n, {} if kept is None else kept, m.s.T
+    n, T = len(images) if n is None else n, m.s.T
     if not 2 <= n <= len(images):
         raise ValueError(f"n must be from 2 to the number of images, {len(images)}; got {n}")
     if calls is not None and not 2 <= calls <= T:
         raise ValueError(f"calls must be from 2 to T = {T}, got {calls}")
-    own, sums = generators(generator, math.ceil(n / batch_size)), no_sums(T)
-    for i, turn in with_bar(my_turns(n, batch_size), progress, "bits/dim"):
-        if i not in kept:
-            kept[i] = bound_sums(m, to_network(images.read(turn).to(m.s.beta.device)), calls, own[i])
-        sums = {name: sums[name] + kept[i][name] for name in sums}
+    turns, device, sums = my_turns(n, batch_size), m.s.beta.device, no_sums(T)
+    own = generators(generator, math.ceil(n / batch_size), device)
+    for i, turn in with_bar(turns, progress, "bits/dim"):
+        found = None if kept is None else kept.get(i)
+        if found is None:
+            found = bound_sums(m, to_network(images.read(turn).to(device)), calls, own[i])
+        elif len(found["asked"]) != T or found["asked"].sum() != len(turn) * (calls or T):
+            raise ValueError("kept must come from an evaluation with the same T, n, batch_size and calls")
+        if kept is not None:
+            kept[i] = found
+        sums = {name: sums[name] + found[name] for name in sums}
     return means_and_errors({name: sum_over_processes(x) for name, x in sums.items()}, n, calls)
 
 # %% ../nbs/12_evaluation.ipynb #60
@@ -467,7 +484,7 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
 
     Source: Ho et al. 2020, section 4.3.
     """
-    if bits.calls < len(bits.terms):
+    if bits.terms_error.isnan().any():
         raise ValueError(f"bits must hold all T = {len(bits.terms)} terms, got {bits.calls} for each image")
     nothing = torch.zeros(1, dtype=torch.float64)
     rate = bits.prior + torch.cat([bits.terms.flip(0).cumsum(0).flip(0), nothing])

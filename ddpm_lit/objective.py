@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from .bound import bits_per_dim, discretized_log_prob, per_image
 from .ddpm import DDPM, PREDICTS, VARIANCES, first_step_patched, one_of
 from .forward import Schedule, q_sample
-from .gaussian import randn
+from .gaussian import Gaussian, randn
 from .posterior import posterior_weights, q_posterior
 
 
@@ -79,5 +79,6 @@ def bound_loss(
     p = m.p_step(x_t, t, clip=False)
     first = rearrange(t == 0, f"b -> b {'1 ' * (x0.ndim - 1)}")
     posterior = q_posterior(m.s, x0, x_t, t.clamp(min=1))  # at t = 0 its variance is 0, and log 0 has no gradient
-    nats = torch.where(first, -discretized_log_prob(p, x0), posterior.kl(p))
+    decoder = Gaussian(torch.where(first, p.mean, x0), torch.where(first, p.var, 1.0))  # harmless where t > 0
+    nats = torch.where(first, -discretized_log_prob(decoder, x0), posterior.kl(p))
     return m.s.T * bits_per_dim(per_image(nats), x0).mean()
