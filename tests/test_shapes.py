@@ -82,7 +82,8 @@ def calls(folder: Path) -> None:
             copies = 2 if variance == "learned" else 1
             m = d.DDPM(lambda x, t, n=copies: 0.1 * torch.cat([x] * n, dim=1), s, predicts, variance).to("cpu")
             m.p_step(x0, 0), m.p_step(x0, t, clip=False), m.x0_hat(x0, t, x0), m.target(x0, t, eps)
-            d.simple_loss(m, x0, draw), d.simple_loss(m, x0[:, :, :4]), d.vlb_terms(m, x0, draw)
+            d.simple_loss(m, x0, draw), d.simple_loss(m, x0[:, :, :4]), d.vlb_terms(m, x0, draw), m.reverse(x0, t)
+            d.bound_loss(m, x0, draw), d.bound_loss(m, x0.double(), draw, (1, 2)), d.noised(s, x0, None, (0, 1))
     d.kl_term(m, x0, eps, 3), d.kl_term(m, x0, eps, t), d.decoder_term(m, x0, eps), d.prior_term(s, x0)
     d.vlb_weight(s), d.vlb_weight(s, "v", "beta"), d.error_factor(s, "mean")
     d.bits_per_dim(d.per_image(x0), x0), d.discretized_log_prob(g, x0)
@@ -133,10 +134,11 @@ def calls(folder: Path) -> None:
             next(iter(batches)), batches.batch(1), batches.describe(), images.read([1, 0]), len(images), repr(images)
 
     # 10 training
-    config = d.TrainConfig(steps=2, batch_size=4, accumulate=2, save_every=1, out=str(folder / "run"), progress=False)
+    config = dict(batch_size=4, out=str(folder / "run"), progress=False, objective="bound")
+    again = d.TrainConfig(steps=3, resume=True, **config)
+    config = d.TrainConfig(steps=2, accumulate=2, save_every=1, **config)
     trainer = d.Trainer(m, few, config, draw=lambda m: few.pixels[:4])
     trainer.fit(), d.DDPM.from_pretrained(d.model_folder(folder / "run"))
-    again = d.TrainConfig(steps=3, batch_size=4, out=str(folder / "run"), resume=True, progress=False)
     trainer = d.Trainer(d.DDPM.from_pretrained(folder / "run" / "model"), few, again)
     trainer.fit(), trainer.log.add(1, torch.tensor(0.5), torch.tensor(1.0)), d.quiet_accelerate()
     repr(d.Stopped(15, 3, None))
@@ -150,10 +152,26 @@ def calls(folder: Path) -> None:
     d.ddim_sample(m, x0.shape, 3), d.ddim_sample(m, x0.shape, 3, 1.0, eps, draw, clip=0.9, batch_size=1)
     d.ddim_invert(d.DDPM.from_pretrained(folder / "beta"), x0, 3, 2), d.limiter(True)(x0), d.limiter(0.9)(x0)
 
-    # 12 evaluation
-    features = d.ClassifierFeatures(few, held_out=30)
-    features.distance(digits.pixels[:50], few.pixels), d.evaluate_bpd(m, few, 4, batch_size=3)
-    d.frechet_distance(*d.feature_statistics(x0[:, 0, 0]), *d.feature_statistics(eps[:, 0, 0]))
+    # 12 evaluation: images in memory, in files, as bare pixels, in batches; all terms and some
+    features, pixels = d.ClassifierFeatures(few, held_out=30), digits.pixels[:50]
+    known = features(pixels)
+    features.distance(pixels, few.pixels), features.flat(pixels), features.probabilities(known)
+    for some in (few, pixels, [pixels[:20], pixels[20:]]):
+        list(d.features_of(features, some, 30)), d.statistics_of(features, some, 40).save(folder / "known.npz")
+    running, stored = d.RunningStatistics("words"), d.load_images(folder / "pictures", memory=0)
+    running.add(known), running.join(50, *d.feature_statistics(known.float(), "words")[:2])
+    running.result().distance(d.Statistics(torch.zeros(32).double(), torch.eye(32).double()))
+    d.frechet_distance(*d.Statistics.load(folder / "known.npz")[:2], np.zeros(32), np.eye(32)), d.root(d.root(eye))
+    for x in (known, known.float()):
+        d.precision_recall(x, x[:30]), d.neighbour_distance(x, 1, 20), d.share_within(x, x[:9], torch.ones(9).to(x))
+        d.inception_score(features.probabilities(x.double()).to(x), 5)
+    inception = d.InceptionFeatures(folder / "net.pt", "cpu", *inception_like(folder / "net.pt"))
+    inception.probabilities(inception(pixels[:3]))
+    m, any_size, kept = d.DDPM.from_pretrained(folder / "learned"), d.DDPM(lambda x, t: x, s), {}
+    bits = d.evaluate_bpd(m, few, 4, 3, draw, kept=kept), d.evaluate_bpd(any_size, stored, calls=2)
+    bits[0].decoder, bits[1].kl, d.rate_distortion(bits[0]), d.bound_sums(any_size, x0.double()), d.my_turns(5, 2)
+    d.means_and_errors(d.bound_sums(m, x0, 3, draw), 2, 3), [d.sum_over_processes(x) for x in d.no_sums(3).values()]
+    d.generators(None, 2), [list(d.asked_times(s, k, 2, None)) for k in (None, 2, 6)], list(d.with_bar([1], False, "x"))
 
     # 13 the command line, every command of it
     from ddpm_lit.cli import main
@@ -166,6 +184,28 @@ def calls(folder: Path) -> None:
         assert main(["sample", run, *little, "-n", "2", "--batch-size", "1", "--out", str(folder / name), *words]) == 0
     assert main(["sample", run, "--steps", "0"]) == 2
     assert main(["evaluate", run, *little, "-n", "3", "--bpd", "2"]) == 0
+
+
+def inception_like(path: Path) -> tuple[str, str]:
+    "Write a network with the mouth and the hands of Inception, but no brain; the address it is from, and its checksum."
+    import hashlib
+    import warnings
+
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output = torch.nn.Linear(2048, 1008)
+
+        def forward(self, x, return_features: bool = False):
+            features = x.float().flatten(1).mean(1, keepdim=True).expand(-1, 2048)
+            return features if return_features else self.output(features)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Net()), str(path))
+    return "https://example.org/net.pt", hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def folder_of_images(folder: Path, d, pixels) -> None:
@@ -212,6 +252,11 @@ REFUSED = """
     d.sinusoidal(torch.zeros(2, 2, dtype=torch.int64), 8)
     d.TimeEmbedding(8, 16)(torch.zeros(8))
     d.Attention(8, 8, 4, 1e-5)(torch.zeros(2, 8, 4))
+    d.root(torch.zeros(2, 3).double())
+    d.RunningStatistics().add(torch.zeros(2, 3, 4))
+    d.precision_recall(x0, x0)
+    d.inception_score(torch.zeros(4, 2).long())
+    d.bound_loss(m, x0.byte())
 """
 
 

@@ -22,7 +22,7 @@ import ddpm_lit.trainer as module
 from ddpm_lit.data import ImageBatches, Images, load_images
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
-from ddpm_lit.objective import simple_loss
+from ddpm_lit.objective import bound_loss, simple_loss
 from ddpm_lit.trainer import (
     Checkpoints,
     RunLog,
@@ -32,6 +32,7 @@ from ddpm_lit.trainer import (
     damage,
     ema_update,
     model_folder,
+    noted_signals,
     save_run,
     trackers,
     writable_folder,
@@ -128,6 +129,53 @@ def test_the_average_is_the_one_made_by_hand(decay):
 def test_training_lowers_the_loss(digits):
     losses = Trainer(tiny(), digits, config(steps=60, batch_size=32)).fit()
     assert len(losses) == 60 and losses[-15:].mean() < 0.8 * losses[0]
+
+
+def learning(seed=0):
+    "A model whose network has a variance to learn."
+    net = UNet.from_preset("digits", generator=rng(seed), **TINY, out_channels=2)
+    return DDPM(net, linear_schedule(50, 0.002, 0.2), variance="learned")
+
+
+def test_the_bound_teaches_the_network_and_the_variance(digits):
+    trainer = Trainer(learning(), digits, config(steps=30, batch_size=32, objective="bound"))
+    last, gradients = trainer.net.conv_out, []
+    trainer.optimizer.register_step_pre_hook(lambda *_: gradients.append(last.weight.grad.flatten(1).norm(dim=1)))
+    start = last.weight.detach().clone()
+    losses = trainer.fit()
+    assert trainer.log.skipped == 0 and losses[-10:].mean() < 0.8 * losses[:5].mean()
+    assert len(gradients) == 30 and min(g[1] for g in gradients) > 0, "the second channel is that of the variance"
+    assert ((last.weight - start).flatten(1).norm(dim=1) > 1e-3).all()
+
+
+def test_the_objective_is_the_one_that_is_asked_for(digits):
+    for name, function in (("simple", simple_loss), ("bound", bound_loss)):
+        losses = Trainer(tiny(), digits, config(steps=1, objective=name)).fit()
+        expected = function(tiny(), next(iter(ImageBatches(digits, 8, seed=0))), rng(0))
+        torch.testing.assert_close(losses[0], expected.detach(), rtol=1e-5, atol=0)
+
+
+def test_a_learned_variance_wants_the_bound(digits, tmp_path):
+    with pytest.raises(ValueError, match="^objective must be 'bound' where the variance is learned"):
+        Trainer(learning(), digits, config(out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists(), "refused before anything is written"
+
+
+def test_going_on_with_another_objective_is_told(digits, tmp_path, caplog):
+    Trainer(tiny(), digits, config(out=str(tmp_path))).fit()
+    with caplog.at_level(logging.WARNING, "ddpm_lit"):
+        Trainer(tiny(), digits, config(out=str(tmp_path), steps=9, resume=True, objective="bound"))
+    assert "goes on with objective bound, and not simple as before" in caplog.text
+
+
+def test_two_halves_of_a_run_by_the_bound_are_the_whole(digits, tmp_path):
+    def run(place, **changes):
+        trainer = Trainer(learning(), digits, config(out=str(tmp_path / place), objective="bound", **changes))
+        trainer.fit()
+        return everything(trainer)
+
+    run("halves", steps=3)
+    assert torch.equal(run("halves", steps=6, resume=True), run("whole", steps=6))
 
 
 def test_channels_last_and_bf16_train_the_same_network_nearly(digits):
@@ -440,6 +488,26 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
     assert Checkpoints(tmp_path).steps() == [6]
 
 
+@pytest.mark.parametrize("log_every, bad, count", [(10, {2, 6}, 2), (10, {6, 7, 9}, 3), (4, {3, 8, 9, 11}, 4)])
+def test_a_run_resumed_between_two_readings_counts_every_bad_step_once(digits, tmp_path, log_every, bad, count):
+    settings = dict(out=str(tmp_path), log_every=log_every, save_every=7)
+    first = broken_in(Trainer(tiny(), digits, config(steps=7, **settings)), bad)
+    first.fit()
+    assert first.log.skipped == len([step for step in bad if step <= 7])
+    second = broken_in(Trainer(tiny(), digits, config(steps=12, resume=True, **settings)), bad)
+    assert second.log.skipped == first.log.skipped, "what the checkpoint tells"
+    second.fit()
+    assert second.log.skipped == count == int((~second.log.losses.isfinite()).sum())
+
+
+def test_a_row_of_bad_steps_is_found_across_a_resumption(digits, tmp_path):
+    settings = dict(out=str(tmp_path), log_every=10, save_every=13)
+    broken_in(Trainer(tiny(), digits, config(steps=13, **settings)), range(4, 99)).fit()
+    again = broken_in(Trainer(tiny(), digits, config(steps=60, resume=True, **settings)), range(4, 99))
+    with pytest.raises(FloatingPointError, match="20 steps in a row, from step 4 on"):
+        again.fit()
+
+
 def test_the_log_finds_a_row_across_its_readings():
     log = RunLog(60, 7, torch.device("cpu"))
     with log.bar(1, 0, False), pytest.raises(FloatingPointError, match="from step 5 on"):
@@ -488,6 +556,31 @@ def test_a_second_ctrl_c_does_not_wait(heeded, digits):
     with pytest.raises(KeyboardInterrupt) as error:
         trainer.fit()
     assert not isinstance(error.value, Stopped)
+
+
+def test_what_was_ignored_stays_ignored_as_behind_nohup(heeded):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with noted_signals(False) as caught:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # that one is heeded
+        assert caught == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_the_second_signal_is_let_through_unless_patient(heeded):
+    before = signal.getsignal(signal.SIGINT)
+    for patient in (False, True):
+        with noted_signals(patient) as caught:
+            signal.raise_signal(signal.SIGINT)
+            assert caught == [signal.SIGINT]
+            if patient:
+                signal.raise_signal(signal.SIGINT)
+                assert caught == [signal.SIGINT] * 2
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == before
 
 
 # -- several processes
@@ -550,7 +643,8 @@ def test_two_processes_agree_and_are_one_with_the_double_batch_stopped_or_not(tm
     [
         dict(steps=0), dict(batch_size=0), dict(accumulate=0), dict(lr=0.0), dict(lr=math.inf), dict(warmup=-1),
         dict(clip_grad=0.0), dict(ema=1.0), dict(ema=-0.1), dict(seed=-1), dict(save_every=0), dict(keep=0),
-        dict(keep_every=-1), dict(log_every=0), dict(precision="fp8"), dict(track="paper"), dict(resume=True),
+        dict(keep_every=-1), dict(log_every=0), dict(objective="vlb"), dict(precision="fp8"), dict(track="paper"),
+        dict(resume=True),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(changes):
