@@ -84,14 +84,14 @@ class Statistics(NamedTuple):
         try:
             with np.load(path) as file:
                 mean, cov = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in ("mu", "sigma"))
-                n, name = (file[key].item() if key in file and file[key].ndim == 0 else None for key in ("n", "features"))
+                single = {key: file[key].item() for key in ("n", "features") if key in file and file[key].ndim == 0}
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist") from None
         except Exception as error:  # whatever a file that is no such archive makes NumPy say
             raise ValueError(f"{path} holds no statistics (mu and sigma): {error}") from error
         if mean.ndim != 1 or cov.shape != mean.shape * 2:
             raise ValueError(f"{path}: mu and sigma must be (d,), (d, d), got {tuple(mean.shape)}, {tuple(cov.shape)}")
-        return cls(mean, cov, n or None, name or "")
+        return cls(mean, cov, single.get("n") or None, single.get("features", ""))
 
 # %% ../nbs/12_evaluation.ipynb #17
 class RunningStatistics:
@@ -447,7 +447,8 @@ def evaluate_bpd(
     Several processes share the batches; each batch has random numbers of its own, started by `generator`, so the result
     is the same. What `kept` holds, by the number of the batch, is not computed again; what is computed is put there.
     Raises `ValueError` for `n` below 2 or above the number of images, for `calls` not in 2 … T, and for sums in `kept`
-    that cannot be of this evaluation; `FloatingPointError` for a bound that is not finite. Source: Ho et al. 2020, Eq. 5.
+    that cannot be of this evaluation; `FloatingPointError` for a bound that is not finite. Source: Ho et al. 2020,
+    Eq. 5.
     """
     n, T = len(images) if n is None else n, m.s.T
     if not 2 <= n <= len(images):
@@ -460,10 +461,10 @@ def evaluate_bpd(
         found = None if kept is None else kept.get(i)
         if found is None:
             found = bound_sums(m, to_network(images.read(turn).to(device)), calls, own[i])
+            if kept is not None:
+                kept[i] = found
         elif len(found["asked"]) != T or found["asked"].sum() != len(turn) * (calls or T):
             raise ValueError("kept must come from an evaluation with the same T, n, batch_size and calls")
-        if kept is not None:
-            kept[i] = found
         sums = {name: sums[name] + found[name] for name in sums}
     return means_and_errors({name: sum_over_processes(x) for name, x in sums.items()}, n, calls)
 
