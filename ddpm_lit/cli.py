@@ -75,7 +75,7 @@ class Sampling:
     sampler: Literal["ancestral", "ddim"] = "ddim"
     """ancestral: Algorithm 2 of the paper; ddim: fewer steps, and no new noise where eta is 0"""
     steps: int | None = None
-    """calls of the network; by default all T for ancestral and 50 for ddim"""
+    """calls of the network; by default all T for ancestral, and 50 (T where it is less) for ddim"""
     eta: float = 0.0
     """share of new noise in each step of ddim, from 0 to 1"""
     seed: int = 0
@@ -88,7 +88,7 @@ class Sampling:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.sampler == "ddim":
-            return len(ddim_plan(m.s, 50 if self.steps is None else self.steps, self.eta).t)
+            return len(ddim_plan(m.s, min(50, m.s.T) if self.steps is None else self.steps, self.eta).t)
         if self.eta != 0:
             raise ValueError(f"eta is for ddim; the ancestral sampler always adds all the noise. Got {self.eta}")
         return len(ancestral_plan(m.s, m.variance, self.steps).t)
@@ -529,14 +529,16 @@ def digest(images: Images | StoredImages) -> str:
     return hashlib.sha256(repr(images).encode() + pixels.numpy().tobytes()).hexdigest()[:12]
 
 
-def measured_bits(m: DDPM, images, n: int, calls: int | None, seed: int, kept=None, **told) -> tuple[BitsPerDim, dict]:
+def measured_bits(
+    m: DDPM, images, n: int, calls: int | None, seed: int, batch_size: int = 128, progress: bool = False, kept=None
+) -> tuple[BitsPerDim, dict]:
     "Bits/dim of `n` random images, or of all if there are less: as `evaluate_bpd` gives it, and as a table."
     n, generator = min(n, len(images)), torch.Generator().manual_seed(seed)
     some = selected(images, torch.randperm(len(images), generator=generator)[:n])
-    bits = evaluate_bpd(m, some, generator=generator, calls=calls, kept=kept, **told)
+    bits = evaluate_bpd(m, some, n, batch_size, generator, progress, calls, kept)
     parts = dict(prior=bits.prior, kl=bits.kl.sum().item(), decoder=bits.decoder)
-    told = dict(n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
-    return bits, dict(total=bits.total, standard_error=bits.error, **parts, **told)
+    what = dict(n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
+    return bits, dict(total=bits.total, standard_error=bits.error, **parts, **what)
 
 # %% ../nbs/13_command_line.ipynb #42
 class KeptSums(Parts, MutableMapping):
@@ -597,15 +599,19 @@ MOST = 10_000
 
 
 class Noting:
-    "`features` that note, of `n` images, those of at most `MOST`, evenly spread; and class probabilities if `classes`."
+    """`features` that note those of at most `MOST` of `n` images, evenly spread, and with `classes` all probabilities.
 
-    def __init__(self, features: Callable, n: int, classes: bool = False):
+    To be called with the batches that fall to this process, in their order.
+    """
+
+    def __init__(self, features: Callable, n: int, batch_size: int, classes: bool = False):
         self.features, self.name, self.every, self.classes = features, features.name, math.ceil(n / MOST), classes
-        self.kept, self.probabilities = [], []
+        self.batch_size, self.kept, self.probabilities = batch_size, [], []
 
     def __call__(self, pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        found = self.features(pixels)
-        self.kept.append(found[:: self.every].cpu().clone())
+        found, here = self.features(pixels), this_process()
+        first = (here.process_index + len(self.kept) * here.num_processes) * self.batch_size
+        self.kept.append(found[-first % self.every :: self.every].cpu().clone())
         if self.classes:
             self.probabilities.append(self.features.probabilities(found).cpu())
         return found.cpu()
@@ -623,10 +629,11 @@ def joined(batches: list[Tensor]) -> Tensor:
 
 def made_once(make: Callable):
     "What `make` gives on the first process, for all."
+    if this_process().num_processes == 1:
+        return make()
     from accelerate.utils import broadcast_object_list
 
-    made = [make() if first_process() else None]
-    return broadcast_object_list(made)[0] if this_process().num_processes > 1 else made[0]
+    return broadcast_object_list([make() if first_process() else None])[0]
 
 # %% ../nbs/13_command_line.ipynb #46
 class Real(NamedTuple):
@@ -647,7 +654,7 @@ def noise_statistics(features: Callable, shape: tuple[int, ...], n: int, seed: i
 
 def real_images(features: Callable, images, n: int, seed: int, batch_size: int = 500, progress: bool = False) -> Real:
     "`images` as `n` samples are to be compared with them."
-    noting, generator = Noting(features, len(images)), torch.Generator().manual_seed(seed)
+    noting, generator = Noting(features, len(images), batch_size), torch.Generator().manual_seed(seed)
     statistics = statistics_of(noting, images, batch_size, progress)
     part = torch.randperm(len(images), generator=generator)[: min(n, MOST, len(images) // 2)]
     others = selected(images, features.test if isinstance(features, ClassifierFeatures) else part)
@@ -661,7 +668,7 @@ def quality(features: Callable, samples, n: int, real: Real, batch_size: int = 5
 
     `samples` are what `statistics_of` takes: `Images`, or the batches that fall to this process.
     """
-    noting = Noting(features, n, classes=True)
+    noting = Noting(features, n, batch_size, classes=True)
     drawn = statistics_of(noting, samples, batch_size, progress)
     kept, probabilities = joined(noting.kept), joined(noting.probabilities)
     if not first_process():
@@ -706,7 +713,7 @@ class Evaluate:
     reference: Path | None = None
     """statistics (.npz) of the real images: read where the file exists (for distances only), else written there"""
     batch_size: int = 500
-    """images at once; each batch has its own random numbers, so the samples depend on this, too"""
+    """images at once (for bits/dim at most 128); each batch has its own random numbers, so the results depend on it"""
     out: Path | None = None
     """the .json file for the numbers, beside which a folder gets pictures; by default evaluation.json in the run"""
 
@@ -806,12 +813,13 @@ def write_results(work: Evaluation, name: str, found: dict) -> None:
 
 def measure_bits(work: Evaluation) -> None:
     "Bits/dim: the numbers and their picture."
-    asked, n = work.asked, min(work.asked.n, len(work.images))
-    request = dict(n=n, batch_size=asked.batch_size, calls=asked.bpd_calls, seed=asked.sampling.seed)
+    n, calls, seed = min(work.asked.n, len(work.images)), work.asked.bpd_calls, work.asked.sampling.seed
+    told = work.told | dict(batch_size=min(128, work.asked.batch_size))
+    request = dict(n=n, batch_size=told["batch_size"], calls=calls, seed=seed)
     request |= dict(data=digest(work.images), model=work.request["model"])
     kept = own_parts(KeptSums, work.folder / "bits.parts", request)
     with telling_what_is_kept(kept, "the bits/dim of "):
-        bits, found = measured_bits(work.m, work.images, n, asked.bpd_calls, request["seed"], kept, **work.told)
+        bits, found = measured_bits(work.m, work.images, n, calls, seed, **told, kept=kept)
     if first_process():
         with whole(work.folder / "bits.png") as draft:
             plot_bits(draft, bits)
@@ -878,7 +886,7 @@ def table(results: dict, indent: str = "") -> str:
             lines += [f"{indent}{name}", table(value, indent + "  ")]
         else:
             shown = f"{value:.4g}" if isinstance(value, float) else value
-            lines.append(f"{indent}{name:<{26 - len(indent)}}{shown}")
+            lines.append(f"{indent}{name:<{30 - len(indent)}}{shown}")
     return "\n".join(lines)
 
 # %% ../nbs/13_command_line.ipynb #58
@@ -968,7 +976,7 @@ Trained for {trained:.0f} s, drew {found["n"]} digits in {drew:.0f} s, measured 
 Fréchet distance    {found["frechet_distance"]:.2f} (real digits {real:.2f}, noise {noise:.0f})
 Precision, recall   {found["precision"]:.2f}, {found["recall"]:.2f}
 Inception Score     {found["inception_score"]:.2f} of at most 10, by our classifier of digits
-Bits/dim            {bits["total"]:.2f} ± {2 * bits["standard_error"]:.2f}, of {bits["n"]} digits of the training: there are no others
+Bits/dim            {bits["total"]:.2f} ± {2 * bits["standard_error"]:.2f}, of {bits["n"]} training images
 Seed                {found["seed"]}
 
   {out / "samples.png"}   some of the digits it drew
