@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STRIDE', 'RECIPES', 'SCHEDULES', 'SOURCES', 'SIZES', 'MODEL_FILES', 'FORMS', 'MOST', 'image_shape', 'Sampling',
            'first_process', 'say', 'fetched', 'open_run', 'Typed', 'Train', 'keep_recipe', 'typed', 'recipe_of',
-           'whole', 'Parts', 'DrawnParts', 'Pictures', 'save_npz', 'fingerprint', 'drawing', 'save_film',
-           'telling_what_is_kept', 'draw_missing', 'draw_way', 'destination', 'Sample', 'selected', 'digest',
-           'measured_bits', 'KeptSums', 'own_parts', 'Noting', 'joined', 'made_once', 'Real', 'noise_statistics',
-           'real_images', 'quality', 'Evaluate', 'check_request', 'features_for', 'read_reference', 'Evaluation',
-           'write_results', 'measure_bits', 'measure_samples', 'finish', 'plot_bits', 'table', 'Demo', 'versions',
-           'plot_losses', 'findings', 'complain', 'shown_log', 'main']
+           'whole', 'Parts', 'DrawnParts', 'Pictures', 'save_npz', 'fingerprint', 'drawing_request', 'save_film',
+           'telling_what_is_kept', 'draw_missing', 'draw_way', 'destination', 'Sample', 'selected', 'data_digest',
+           'measured_bits', 'KeptSums', 'own_parts', 'Noting', 'in_order', 'made_once', 'Reference', 'noise_statistics',
+           'reference_of', 'quality', 'Evaluate', 'check_request', 'features_for', 'read_reference', 'Evaluation',
+           'write_results', 'measure_bits', 'measure_samples', 'finish', 'plot_bits', 'table', 'Demo', 'scorecard',
+           'versions', 'plot_losses', 'findings', 'complain', 'shown_log', 'main']
 
 # %% ../nbs/13_command_line.ipynb #3
 import contextlib
@@ -367,7 +367,7 @@ def fingerprint(folder: Path) -> str:
     return seen.hexdigest()[:12]
 
 
-def drawing(sampling: Sampling, m: DDPM, run: Path, n: int, batch_size: int) -> dict:
+def drawing_request(sampling: Sampling, m: DDPM, run: Path, n: int, batch_size: int) -> dict:
     "What has to be the same for images to be those of one request."
     told = asdict(sampling) | dict(steps=sampling.calls(m), n=n, batch_size=batch_size)
     del told["progress"]
@@ -491,7 +491,7 @@ class Sample:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         form, out = destination(self.out, self.format, self.every, self.n)
         m = open_run(self.run_folder)
-        asked = drawing(self.sampling, m, self.run_folder, self.n, self.batch_size)
+        asked = drawing_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
         parts = Pictures(out, asked) if form == "png" else DrawnParts(out.with_name(out.name + ".parts"), asked)
         if form == "film":
             if first_process():
@@ -523,7 +523,7 @@ def selected(images: Images | StoredImages, which: Int64[Tensor, "n"]) -> Images
     return Images(images.pixels[which], labels, images.name, images.classes)
 
 
-def digest(images: Images | StoredImages) -> str:
+def data_digest(images: Images | StoredImages) -> str:
     "Twelve hexadecimal digits that stand for a data set: by its description, and 256 of its images or all."
     pixels = images.read(range(0, len(images), math.ceil(len(images) / 256)))
     return hashlib.sha256(repr(images).encode() + pixels.numpy().tobytes()).hexdigest()[:12]
@@ -556,7 +556,7 @@ class KeptSums(Parts, MutableMapping):
         "Whether those of batch `i` are there: every one of its images was asked once about t = 0."
         try:
             sums = self[i]
-            return sums["asked"][0] == self.sizes[i] and bool(sums["total"].isfinite())
+            return bool(sums["asked"][0] == self.sizes[i] and sums["total"].isfinite())
         except (KeyError, IndexError):
             return False
 
@@ -614,10 +614,10 @@ class Noting:
         self.kept.append(found[-first % self.every :: self.every].cpu().clone())
         if self.classes:
             self.probabilities.append(self.features.probabilities(found).cpu())
-        return found.cpu()
+        return found
 
 
-def joined(batches: list[Tensor]) -> Tensor:
+def in_order(batches: list[Tensor]) -> Tensor:
     "The batches of all processes, which took turns, as one in the order of their numbers."
     turns = [batches]
     if this_process().num_processes > 1:
@@ -636,7 +636,7 @@ def made_once(make: Callable):
     return broadcast_object_list([make() if first_process() else None])[0]
 
 # %% ../nbs/13_command_line.ipynb #46
-class Real(NamedTuple):
+class Reference(NamedTuple):
     "What samples are compared with: the statistics of real images, features of some, and the scale of the distance."
 
     statistics: Statistics
@@ -652,7 +652,9 @@ def noise_statistics(features: Callable, shape: tuple[int, ...], n: int, seed: i
     return statistics_of(features, noise)
 
 
-def real_images(features: Callable, images, n: int, seed: int, batch_size: int = 500, progress: bool = False) -> Real:
+def reference_of(
+    features: Callable, images: Images | StoredImages, n: int, seed: int, batch_size: int = 500, progress: bool = False
+) -> Reference:
     "`images` as `n` samples are to be compared with them."
     noting, generator = Noting(features, len(images), batch_size), torch.Generator().manual_seed(seed)
     statistics = statistics_of(noting, images, batch_size, progress)
@@ -660,17 +662,19 @@ def real_images(features: Callable, images, n: int, seed: int, batch_size: int =
     others = selected(images, features.test if isinstance(features, ClassifierFeatures) else part)
     scale = dict(real=statistics_of(features, others, batch_size))
     scale["noise"] = noise_statistics(features, images.shape, n, seed, batch_size)
-    return Real(statistics, scale, joined(noting.kept))
+    return Reference(statistics, scale, in_order(noting.kept))
 
 
-def quality(features: Callable, samples, n: int, real: Real, batch_size: int = 500, progress: bool = False) -> dict:
+def quality(
+    features: Callable, samples, n: int, real: Reference, batch_size: int = 500, progress: bool = False
+) -> dict[str, object]:
     """How near `n` samples are to the `real` images, on the first process; others get an empty dict.
 
     `samples` are what `statistics_of` takes: `Images`, or the batches that fall to this process.
     """
     noting = Noting(features, n, batch_size, classes=True)
     drawn = statistics_of(noting, samples, batch_size, progress)
-    kept, probabilities = joined(noting.kept), joined(noting.probabilities)
+    kept, probabilities = in_order(noting.kept), in_order(noting.probabilities)
     if not first_process():
         return {}
     score, deviation = inception_score(probabilities, min(10, n // 2))
@@ -745,13 +749,13 @@ def features_for(asked: Evaluate, images: Images | StoredImages | None) -> Calla
     if asked.features == "inception":
         with this_process().local_main_process_first():
             return InceptionFeatures(asked.inception_file, this_process().device)
-    other = "; --features inception needs none of it"
-    if isinstance(images, StoredImages):
-        raise ValueError(f"data must fit into memory for the classifier, {images!r} do not: --size makes them smaller")
-    if images.labels is None:
-        raise ValueError(f"data must have labels for the classifier, {images!r} has none{other}")
-    if len(images) < 1000:
-        raise ValueError(f"data must be at least 1,000 images for the classifier, got {images!r}{other}")
+    for wrong, what in (
+        (isinstance(images, StoredImages), "fit into memory"),
+        (images.labels is None, "have labels"),
+        (len(images) < 1000, "be at least 1,000 images"),
+    ):
+        if wrong:
+            raise ValueError(f"data must {what} for the classifier, got {images!r}; --features inception takes any")
     return made_once(lambda: ClassifierFeatures(images))
 
 
@@ -773,7 +777,7 @@ class Evaluation:
         check_request(asked)
         self.asked, self.m, self.results = asked, open_run(asked.run_folder), {}
         self.bpd, self.fd = (asked.bpd, asked.fd) if asked.bpd or asked.fd else (True, True)
-        self.request = drawing(asked.sampling, self.m, asked.run_folder, asked.n, asked.batch_size)
+        self.request = drawing_request(asked.sampling, self.m, asked.run_folder, asked.n, asked.batch_size)
         self.out = asked.out or asked.run_folder / "evaluation.json"
         self.folder, self.shape = self.out.with_suffix(""), image_shape(self.m)
         if asked.bpd_calls is not None and not 2 <= asked.bpd_calls <= self.m.s.T:
@@ -816,7 +820,7 @@ def measure_bits(work: Evaluation) -> None:
     n, calls, seed = min(work.asked.n, len(work.images)), work.asked.bpd_calls, work.asked.sampling.seed
     told = work.told | dict(batch_size=min(128, work.asked.batch_size))
     request = dict(n=n, batch_size=told["batch_size"], calls=calls, seed=seed)
-    request |= dict(data=digest(work.images), model=work.request["model"])
+    request |= dict(data=data_digest(work.images), model=work.request["model"])
     kept = own_parts(KeptSums, work.folder / "bits.parts", request)
     with telling_what_is_kept(kept, "the bits/dim of "):
         bits, found = measured_bits(work.m, work.images, n, calls, seed, **told, kept=kept)
@@ -833,9 +837,9 @@ def measure_samples(work: Evaluation) -> None:
     draw_missing(asked.sampling, work.m, parts)
     if work.known is not None:
         noise = noise_statistics(work.features, work.shape, asked.n, seed, asked.batch_size)
-        real, data = Real(work.known, dict(noise=noise)), str(asked.reference)
+        real, data = Reference(work.known, dict(noise=noise)), str(asked.reference)
     else:
-        real, data = real_images(work.features, work.images, asked.n, seed, **work.told), repr(work.images)
+        real, data = reference_of(work.features, work.images, asked.n, seed, **work.told), repr(work.images)
         if asked.reference and first_process():
             with whole(asked.reference) as draft, open(draft, "wb") as file:
                 real.statistics.save(file)
@@ -926,9 +930,7 @@ class Demo:
         drawn = time.perf_counter()
         save_grid(out / "samples.png", pixels[:100], columns=10)
         plot_losses(out / "loss.png", losses)
-        features = ClassifierFeatures(images)
-        found = quality(features, Images(pixels), self.samples, real_images(features, images, self.samples, self.seed))
-        _, bits = measured_bits(m, images, self.samples, 50, self.seed, progress=self.progress)
+        found = scorecard(m, images, pixels, self.seed, self.progress)
         metrics = {
             "steps": self.steps,
             "seconds": round(trained - began, 2),
@@ -936,14 +938,24 @@ class Demo:
             "measuring_seconds": round(time.perf_counter() - drawn, 2),
             "loss": losses[-50:].mean().item(),
             **found,
-            "bits_per_dim": bits,
+            "sampler": sampling.sampler,
+            "sampling_steps": self.sampling_steps,
             "seed": self.seed,
             "parameters": sum(p.numel() for p in m.net.parameters()),
             "device": str(trainer.accelerator.device),
             "versions": versions(),
         }
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        say(findings(out, metrics))
+        if first_process():
+            told = json.dumps(metrics, indent=2, ensure_ascii=False)
+            (out / "metrics.json").write_text(told + "\n", encoding="utf-8")
+            print(findings(out, metrics))
+
+
+def scorecard(m: DDPM, images: Images, pixels: UInt8[Tensor, "n c h w"], seed: int, progress: bool) -> dict:
+    "The quality of samples, and bits/dim of as many `images`, estimated by 50 calls for each: on the first process."
+    features, n = ClassifierFeatures(images), len(pixels)
+    found = quality(features, Images(pixels), n, reference_of(features, images, n, seed))
+    return found | dict(bits_per_dim=measured_bits(m, images, n, min(50, m.s.T), seed, progress=progress)[1])
 
 
 def versions() -> dict[str, str]:

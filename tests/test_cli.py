@@ -50,6 +50,7 @@ def test_the_demonstration_writes_what_it_says(demo):
     assert metrics["frechet_distance_real"] < 1 < metrics["frechet_distance"] < 1000
     assert metrics["frechet_distance_noise"] > 100
     assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and 1 <= metrics["inception_score"] <= 10
+    assert (metrics["sampler"], metrics["sampling_steps"]) == ("ancestral", 4)
     assert metrics["precision_recall_n"] == [12, 1797] and metrics["features"].startswith("classifier ")
     bits = metrics["bits_per_dim"]
     assert (bits["n"], bits["calls"], bits["seed"]) == (12, 50, 0) and "digits" in bits["data"]
@@ -506,8 +507,8 @@ def test_an_evaluation_finds_the_numbers_of_the_demonstration(demo, tmp_path, co
     found, metrics = numbers(tmp_path / "e"), json.loads((demo / "metrics.json").read_text())
     assert found["bits_per_dim"].keys() == metrics["bits_per_dim"].keys()
     assert found["bits_per_dim"]["total"] == pytest.approx(metrics["bits_per_dim"]["total"], rel=1e-5)
-    same = found["samples"].keys() & metrics.keys() - {"steps", "seed"}
-    assert len(same) == 10
+    same = found["samples"].keys() & metrics.keys() - {"steps"}
+    assert len(same) == 12
     for name in same:
         assert found["samples"][name] == metrics[name] or found["samples"][name] == pytest.approx(metrics[name], 1e-5)
 
@@ -692,7 +693,7 @@ def test_images_are_taken_from_all_over_a_data_set(pictures):
     inside = load_images(pictures)
     assert torch.equal(cli.selected(inside, which).pixels, inside.pixels[which])
     assert cli.selected(inside, which).labels.tolist() == [1, 0]
-    assert cli.digest(images) == cli.digest(load_images(pictures, memory=0)) != cli.digest(inside)
+    assert cli.data_digest(images) == cli.data_digest(load_images(pictures, memory=0)) != cli.data_digest(inside)
 
 
 def test_a_learned_variance_is_trained_drawn_and_measured(tmp_path, counting):
@@ -739,7 +740,7 @@ def test_two_processes_share_a_request_and_an_evaluation(tiny, tmp_path):
         (["--seed", "-1"], "seed must"),
         (["--data", "mnist5k"], "data must be images like the model's, (1, 8, 8), got Images(mnist5k: 5000 of 28×28"),
         (["--data", "FEW"], "data must be at least 1,000 images for the classifier, got Images(few: 300 of 8×8"),
-        (["--data", "NO_LABELS"], "data must have labels for the classifier, Images(no_labels: 1200 of 8×8"),
+        (["--data", "NO_LABELS"], "data must have labels for the classifier, got Images(no_labels: 1200 of 8×8"),
         (["--data", "THREE", "--bpd"], "data must be at least 4 images, got Images(three: 3 of 8×8"),
         (["--data", "RGB"], "data must be images like the model's, (1, 8, 8), got Images(rgb: 4 of 8×8, RGB"),
         (["--data", "digitz"], "did you mean 'digits'"),
