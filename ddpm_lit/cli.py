@@ -678,8 +678,9 @@ def quality(
     if not first_process():
         return {}
     score, deviation = inception_score(probabilities, min(10, n // 2))
-    found = dict(n=n, features=features.name, frechet_distance=drawn.distance(real.statistics))
-    found |= {f"frechet_distance_{name}": some.distance(real.statistics) for name, some in real.scale.items()}
+    compared = dict(frechet_distance=drawn) | {f"frechet_distance_{name}": some for name, some in real.scale.items()}
+    found = dict(n=n, features=features.name)
+    found |= {name: some.distance(real.statistics) for name, some in compared.items()}
     if real.features is not None:
         precision, recall = precision_recall(kept, real.features)
         found |= dict(precision=precision, recall=recall, precision_recall_n=[len(kept), len(real.features)])
@@ -924,12 +925,11 @@ class Demo:
         sampling = Sampling("ancestral", self.sampling_steps, seed=self.seed, progress=self.progress)
         trainer = Trainer(m, images, training.checked())
         losses = trainer.fit()
-        write_whole(out / "model", m.save_pretrained)
+        if first_process():
+            write_whole(out / "model", m.save_pretrained)
         trained = time.perf_counter()
         pixels = sampling.draw(m, self.samples)
         drawn = time.perf_counter()
-        save_grid(out / "samples.png", pixels[:100], columns=10)
-        plot_losses(out / "loss.png", losses)
         found = scorecard(m, images, pixels, self.seed, self.progress)
         metrics = {
             "steps": self.steps,
@@ -946,14 +946,16 @@ class Demo:
             "versions": versions(),
         }
         if first_process():
+            save_grid(out / "samples.png", pixels[:100], columns=10)
+            plot_losses(out / "loss.png", losses)
             told = json.dumps(metrics, indent=2, ensure_ascii=False)
             (out / "metrics.json").write_text(told + "\n", encoding="utf-8")
             print(findings(out, metrics))
 
-
+# %% ../nbs/13_command_line.ipynb #59
 def scorecard(m: DDPM, images: Images, pixels: UInt8[Tensor, "n c h w"], seed: int, progress: bool) -> dict:
     "The quality of samples, and bits/dim of as many `images`, estimated by 50 calls for each: on the first process."
-    features, n = ClassifierFeatures(images), len(pixels)
+    features, n = made_once(lambda: ClassifierFeatures(images)), len(pixels)
     found = quality(features, Images(pixels), n, reference_of(features, images, n, seed))
     return found | dict(bits_per_dim=measured_bits(m, images, n, min(50, m.s.T), seed, progress=progress)[1])
 
@@ -962,7 +964,7 @@ def versions() -> dict[str, str]:
     "What the numbers were made with."
     return {"ddpm_lit": ddpm_lit.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
-# %% ../nbs/13_command_line.ipynb #59
+
 def plot_losses(path: Path, losses) -> None:
     "Draw the loss of every step, and its mean over 25 of them, into a PNG file."
     from matplotlib.figure import Figure
