@@ -558,8 +558,10 @@ def test_a_larger_n_goes_on_in_both(measuring, tmp_path):
     interrupt = dict(event=fail_with(KeyboardInterrupt))
     assert measuring("x", **interrupt, at=11) == (130, 11)
     assert measuring("x", n=12) == (0, 5 + 6), "two batches of 4 are there"
+    assert measuring("y", **interrupt, at=18) == (130, 18)
+    assert measuring("y", n=12) == (0, 5 + 4), "and one of 2, which is too small now"
     assert measuring("once", n=12) == (0, 21)
-    assert numbers(tmp_path / "x") == numbers(tmp_path / "once")
+    assert numbers(tmp_path / "x") == numbers(tmp_path / "y") == numbers(tmp_path / "once")
 
 
 def test_sums_of_other_data_are_not_mixed_in(measuring, tmp_path):
@@ -712,7 +714,7 @@ def test_a_learned_variance_is_trained_drawn_and_measured(tmp_path, counting):
 def test_two_processes_share_a_request_and_an_evaluation(tiny, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ddpm_lit"]
     words = ["sample", str(tiny), "-n", "7", "--batch-size", "2", "--steps", "3", *QUIET, "--out"]
-    measure = ["evaluate", str(tiny), "-n", "50", "--batch-size", "20", "--steps", "3", *QUIET]
+    measure = ["evaluate", str(tiny), "-n", "50", "--batch-size", "18", "--steps", "3", *QUIET]
     measure += ["--reference", str(tmp_path / "real.npz"), "--out"]
     for name, command in (("two.npz", words), ("two.json", measure)):
         done = subprocess.run([*torchrun, *command, str(tmp_path / name)], capture_output=True, text=True)
