@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from ddpm_lit import cli
-from ddpm_lit.data import load_images, save_grid
+from ddpm_lit.data import Images, load_images, save_grid
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.evaluate import ClassifierFeatures
+from ddpm_lit.evaluate import ClassifierFeatures, Statistics, evaluate_bpd, inception_score, precision_recall
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
 from ddpm_lit.trainer import Checkpoints, model_folder
 
@@ -49,6 +49,12 @@ def test_the_demonstration_writes_what_it_says(demo):
     assert 0.5 < metrics["loss"] < 1.5
     assert metrics["frechet_distance_real"] < 1 < metrics["frechet_distance"] < 1000
     assert metrics["frechet_distance_noise"] > 100
+    assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and 1 <= metrics["inception_score"] <= 10
+    assert (metrics["sampler"], metrics["sampling_steps"]) == ("ancestral", 4)
+    assert metrics["precision_recall_n"] == [12, 1797] and metrics["features"].startswith("classifier ")
+    bits = metrics["bits_per_dim"]
+    assert (bits["n"], bits["calls"], bits["seed"]) == (12, 50, 0) and "digits" in bits["data"]
+    assert bits["total"] == pytest.approx(bits["prior"] + bits["kl"] + bits["decoder"]) and bits["standard_error"] > 0
     assert metrics["versions"]["torch"] == torch.__version__
     for name in ("samples.png", "loss.png"):
         assert np.asarray(Image.open(demo / name).convert("L")).std() > 5, "a picture must show something"
@@ -105,11 +111,11 @@ FORMS = {"npz": "ten.npz", "grid": "ten.png", "png": "ten"}
 
 
 @pytest.fixture
-def asking(demo, tmp_path, monkeypatch):
-    "A function that runs `ddpm_lit sample`; it returns the exit code and how often the network was called."
+def counting(monkeypatch):
+    "A function that runs a command; it returns the exit code and how often the network was called."
     whole = cli.open_run
 
-    def ask(name, *words, form=None, run=demo, ten=TEN, event=None, at=None, quiet=QUIET):
+    def count(*words, event=None, at=None):
         calls = 0
 
         def called(net, args, out):
@@ -123,8 +129,18 @@ def asking(demo, tmp_path, monkeypatch):
             return m
 
         monkeypatch.setattr(cli, "open_run", opened)
+        return cli.main([str(word) for word in words]), calls
+
+    return count
+
+
+@pytest.fixture
+def asking(demo, tmp_path, counting):
+    "The same for `ddpm_lit sample`."
+
+    def ask(name, *words, form=None, run=demo, ten=TEN, quiet=QUIET, **event):
         forms = ["--format", form] if form else []
-        return cli.main(["sample", str(run), *ten, "--out", str(tmp_path / name), *forms, *quiet, *words]), calls
+        return counting("sample", run, *ten, "--out", tmp_path / name, *forms, *quiet, *words, **event)
 
     return ask
 
@@ -361,17 +377,6 @@ def test_without_out_the_name_is_that_of_the_format(form, name, demo, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_evaluate_writes_and_shows_its_numbers(tmp_path, capsys):
-    run, out = str(tmp_path / "run"), tmp_path / "e.json"
-    assert cli.main(["train", "--steps", "1", "--T", "5", "--beta-T", "0.5", "--out", run, *QUIET]) == 0
-    assert cli.main(["evaluate", run, "-n", "20", "--steps", "2", "--bpd", "2", "--out", str(out), *QUIET]) == 0
-    told, shown = json.loads(out.read_text()), capsys.readouterr().out
-    bits = told["bits_per_dim"]
-    assert told["n"] == 20 and bits["n"] == 2
-    assert bits["total"] == pytest.approx(bits["prior"] + bits["kl"] + bits["decoder"], rel=1e-5)
-    assert f"{told['frechet_distance']:.4g}" in shown and f"{bits['total']:.4g}" in shown and str(out) in shown
-
-
 def test_train_trains_what_it_is_told(tmp_path):
     pixels = torch.randint(256, (30, 4, 6, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     np.savez(tmp_path / "rgb.npz", images=pixels.numpy())
@@ -429,18 +434,344 @@ def test_a_terminated_training_saves_says_so_and_goes_on(tmp_path):
     assert cli.main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", str(step + 1)]) == 0
 
 
-def test_two_processes_share_a_request_and_an_evaluation(demo, tmp_path):
+# Evaluating. A model of five steps, ten images in batches of 4: bits/dim take 15 calls of the network, samples 6.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A run folder with a network of five steps, trained for one."
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    words = ["--steps", "1", "--T", "5", "--beta-T", "0.5", "--layers", "1", "--track", "none", "--out", str(run)]
+    assert cli.main(["train", *words, *QUIET]) == 0
+    return run
+
+
+@pytest.fixture
+def measuring(tiny, tmp_path, counting):
+    "A function that runs `ddpm_lit evaluate`; it returns the exit code and how often the network was called."
+
+    def measure(name, *words, run=tiny, n=10, **event):
+        few = ["-n", n, "--batch-size", 4, "--steps", 2]
+        return counting("evaluate", run, *few, "--out", tmp_path / f"{name}.json", *QUIET, *words, **event)
+
+    return measure
+
+
+def numbers(path):
+    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def test_evaluate_measures_both_and_shows_what_it_found(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "run")
+    words = ["evaluate", str(tmp_path / "run"), "-n", "40", "--batch-size", "16", "--steps", "2", *QUIET]
+    assert cli.main(words) == 0
+    shown, found = capsys.readouterr().out, numbers(tmp_path / "run" / "evaluation")
+    bits, samples = found["bits_per_dim"], found["samples"]
+
+    digits, m = load_images("digits"), DDPM.from_pretrained(model_folder(tiny))
+    generator = torch.Generator().manual_seed(0)
+    some = Images(digits.pixels[torch.randperm(1797, generator=generator)[:40]])
+    expected = evaluate_bpd(m, some, batch_size=16, generator=generator)
+    assert bits["total"] == pytest.approx(expected.total, rel=1e-6)
+    assert bits["standard_error"] == pytest.approx(expected.error, rel=1e-6)
+    assert bits["total"] == pytest.approx(bits["prior"] + bits["kl"] + bits["decoder"])
+    assert (bits["n"], bits["calls"], bits["seed"]) == (40, 5, 0)
+
+    same = ["--batch-size", "16", "--steps", "2", "--out", str(tmp_path / "same.npz"), *QUIET]
+    assert cli.main(["sample", str(tiny), "-n", "40", *same]) == 0
+    drawn, features = load_images(tmp_path / "same.npz").pixels, ClassifierFeatures(digits)
+    both = features(drawn), features(digits.pixels)
+    assert samples["frechet_distance"] == pytest.approx(features.distance(drawn, digits.pixels), rel=1e-6)
+    assert [samples["precision"], samples["recall"]] == pytest.approx(precision_recall(*both))
+    assert samples["inception_score"] == pytest.approx(inception_score(features.probabilities(both[0]))[0])
+    real = features.distance(digits.pixels[features.test], digits.pixels)
+    assert samples["frechet_distance_real"] == pytest.approx(real, rel=1e-6) and real < 1
+    assert samples["frechet_distance_noise"] > 100
+    expected = dict(n=40, seed=0, sampler="ddim", steps=2, eta=0, precision_recall_n=[40, 1797], features=features.name)
+    assert samples == samples | expected and "digits" in samples["data"]
+
+    for value in (bits["total"], samples["frechet_distance"], samples["precision"]):
+        assert f"{value:.4g}" in shown
+    assert str(tmp_path / "run" / "evaluation.json") in shown
+    save_grid(tmp_path / "grid.png", drawn)
+    pictures = dict(content(tmp_path / "run" / "evaluation"))
+    assert pictures["samples.png"] == (tmp_path / "grid.png").read_bytes()
+    assert sorted(pictures) == ["bits.png", "samples.png"]
+    picture = np.asarray(Image.open(tmp_path / "run" / "evaluation" / "bits.png").convert("L"))
+    assert picture.shape == (340, 900) and picture.std() > 5
+
+
+def test_an_evaluation_finds_the_numbers_of_the_demonstration(demo, tmp_path, counting):
+    told = ["-n", 12, "--sampler", "ancestral", "--steps", 4, "--bpd-calls", 50, *QUIET]
+    assert counting("evaluate", demo, *told, "--out", tmp_path / "e.json") == (0, 54)
+    found, metrics = numbers(tmp_path / "e"), json.loads((demo / "metrics.json").read_text())
+    assert found["bits_per_dim"].keys() == metrics["bits_per_dim"].keys()
+    assert found["bits_per_dim"]["total"] == pytest.approx(metrics["bits_per_dim"]["total"], rel=1e-5)
+    same = found["samples"].keys() & metrics.keys() - {"steps"}
+    assert len(same) == 12
+    for name in same:
+        assert found["samples"][name] == metrics[name] or found["samples"][name] == pytest.approx(metrics[name], 1e-5)
+
+
+def test_an_interrupted_evaluation_goes_on_and_finds_the_same(measuring, tmp_path, capsys):
+    interrupt = dict(event=fail_with(KeyboardInterrupt))
+    assert measuring("undisturbed") == (0, 21)
+    assert measuring("x", **interrupt, at=7) == (130, 7)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("ddpm_lit: interrupted; the bits/dim of 4 of 10 images are kept in ")
+    assert not (tmp_path / "x.json").exists()
+    assert measuring("x", **interrupt, at=13) == (130, 13)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("ddpm_lit: interrupted; 4 of 10 images are kept in ")
+    assert numbers(tmp_path / "x").keys() == {"model", "bits_per_dim"}, "a number that is found is written"
+    assert measuring("x") == (0, 4)
+    assert numbers(tmp_path / "x") == numbers(tmp_path / "undisturbed")
+    assert content(tmp_path / "x") == content(tmp_path / "undisturbed"), "and nothing else is left"
+    assert measuring("x") == (0, 21), "what is finished is measured anew when it is asked for"
+
+
+def test_sums_cut_short_and_sums_not_finite_are_computed_again(measuring, tmp_path, capsys):
+    assert measuring("whole", "--bpd") == (0, 15)
+    assert measuring("x", "--bpd", event=nan, at=7) == (1, 15)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "the bound is not finite" in told and "the bits/dim of 6 of 10 images are kept" in told
+    part = tmp_path / "x" / "bits.parts" / "00002.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert measuring("x", "--bpd") == (0, 10)
+    assert numbers(tmp_path / "x") == numbers(tmp_path / "whole")
+
+
+def test_what_another_request_has_left_does_not_stand_in_the_way(measuring, tmp_path, capsys):
+    interrupt = dict(event=fail_with(KeyboardInterrupt))
+    assert measuring("one", "--seed", 1) == (0, 21)
+    for calls in (7, 19):  # in the bits/dim, in the samples
+        assert measuring("x", **interrupt, at=calls) == (130, calls)
+        assert measuring("x", "--seed", 1) == (0, 21)
+        assert numbers(tmp_path / "x") == numbers(tmp_path / "one")
+    (tmp_path / "x" / "samples.parts").mkdir()
+    (tmp_path / "x" / "samples.parts" / "00000.npy").write_bytes(b"of unknown origin")
+    assert measuring("x", "--seed", 1, "--fd") == (0, 6)
+    assert numbers(tmp_path / "x") == numbers(tmp_path / "one")
+
+
+def test_a_larger_n_goes_on_in_both(measuring, tmp_path):
+    interrupt = dict(event=fail_with(KeyboardInterrupt))
+    assert measuring("x", **interrupt, at=11) == (130, 11)
+    assert measuring("x", n=12) == (0, 5 + 6), "two batches of 4 are there"
+    assert measuring("y", **interrupt, at=18) == (130, 18)
+    assert measuring("y", n=12) == (0, 5 + 4), "and one of 2, which is too small now"
+    assert measuring("once", n=12) == (0, 21)
+    assert numbers(tmp_path / "x") == numbers(tmp_path / "y") == numbers(tmp_path / "once")
+
+
+def test_sums_of_other_data_are_not_mixed_in(measuring, tmp_path):
+    pixels = torch.randint(256, (30, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    words = ["--bpd", "--data", tmp_path / "a.npz"]
+    np.savez(tmp_path / "a.npz", images=pixels)
+    assert measuring("x", *words, event=fail_with(KeyboardInterrupt()), at=7)[0] == 130
+    np.savez(tmp_path / "a.npz", images=255 - pixels)
+    assert measuring("x", *words) == (0, 15)
+    assert measuring("fresh", *words) == (0, 15)
+    assert numbers(tmp_path / "x") == numbers(tmp_path / "fresh")
+
+
+def test_one_measurement_keeps_the_other_of_the_same_model(tiny, measuring, tmp_path):
+    assert measuring("x", "--bpd") == (0, 15)
+    bits = numbers(tmp_path / "x")
+    assert bits.keys() == {"model", "bits_per_dim"}
+    assert measuring("x", "--fd") == (0, 6)
+    both = numbers(tmp_path / "x")
+    assert both["bits_per_dim"] == bits["bits_per_dim"] and "samples" in both
+    assert measuring("both", "--bpd", "--fd") == (0, 21)
+    assert numbers(tmp_path / "both") == both
+    m = DDPM.from_pretrained(model_folder(tiny))
+    m.clip = False
+    m.save_pretrained(tmp_path / "other")
+    assert measuring("x", "--bpd", run=tmp_path / "other") == (0, 15)
+    assert numbers(tmp_path / "x").keys() == {"model", "bits_per_dim"}
+    for broken in ("{", "[]"):
+        (tmp_path / "x.json").write_text(broken)
+        assert measuring("x", "--bpd") == (0, 15)
+        assert numbers(tmp_path / "x") == bits
+
+
+def test_a_model_without_a_run_is_measured_in_its_own_folder(tiny, tmp_path, counting):
+    folder = tmp_path / "model"
+    DDPM.from_pretrained(model_folder(tiny)).save_pretrained(folder)
+    words = ["evaluate", folder, "-n", 4, "--steps", 2, *QUIET]
+    assert counting(*words, "--bpd") == (0, 5) and counting(*words, "--fd") == (0, 2)
+    assert numbers(folder / "evaluation").keys() == {"model", "bits_per_dim", "samples"}, "it has not become another"
+
+
+def test_few_calls_estimate_the_bound(measuring, tmp_path):
+    assert measuring("all", "--bpd", n=200) == (0, 250)
+    assert measuring("some", "--bpd", "--bpd-calls", 3, n=200) == (0, 150)
+    exact, estimate = (numbers(tmp_path / name)["bits_per_dim"] for name in ("all", "some"))
+    assert estimate["calls"] == 3
+    assert abs(estimate["total"] - exact["total"]) < 4 * (estimate["standard_error"] + exact["standard_error"])
+    assert np.asarray(Image.open(tmp_path / "some" / "bits.png")).shape[:2] == (340, 500)
+
+
+def test_statistics_of_the_real_images_are_kept_and_used(measuring, tmp_path, capsys):
+    reference = tmp_path / "new" / "real.npz"
+    assert measuring("first", "--fd", "--reference", reference) == (0, 6)
+    written = reference.read_bytes()
+    assert measuring("second", "--fd", "--reference", reference) == (0, 6)
+    first, second = (numbers(tmp_path / name)["samples"] for name in ("first", "second"))
+    assert second["frechet_distance"] == pytest.approx(first["frechet_distance"], rel=1e-9)
+    assert second["frechet_distance_noise"] == pytest.approx(first["frechet_distance_noise"], rel=1e-9)
+    assert set(first) - set(second) == {"precision", "recall", "precision_recall_n", "frechet_distance_real"}
+    assert second["data"] == str(reference) and reference.read_bytes() == written
+
+    digits, other = load_images("digits"), tmp_path / "other.npz"
+    np.savez(other, images=digits.pixels[:1500, 0].numpy(), labels=digits.labels[:1500].numpy())
+    named, short, text = (tmp_path / f"{name}.npz" for name in ("inception", "short", "text"))
+    Statistics(torch.zeros(32).double(), torch.eye(32).double(), 100, "inception-2015-12-05").save(named)
+    Statistics(torch.zeros(5).double(), torch.eye(5).double()).save(short)
+    text.write_text("no statistics")
+    for path, said, words in (
+        (reference, "reference must hold statistics of 'classifier", ["--data", other]),  # other images, other features
+        (named, f"{named} holds some of 'inception-2015-12-05'", []),
+        (short, f"must hold statistics of 32 features, {short} holds some of 5", []),
+        (text, f"{text} holds no statistics", []),
+        (other, f"{other} holds no statistics", []),
+    ):
+        capsys.readouterr()
+        assert measuring("third", "--fd", "--reference", path, *words) == (2, 0)
+        told = capsys.readouterr().err
+        assert said in told and len(told.splitlines()) == 1, told
+
+
+class TwoPixels:
+    "Features, as the network of published FIDs has them, without a network."
+
+    name = "two pixels"
+
+    def __init__(self, path, device):
+        self.path = path
+
+    def __call__(self, pixels):
+        return pixels.flatten(1)[:, :2].double()
+
+    def probabilities(self, features):
+        return torch.nn.functional.one_hot(features[:, 0].long() % 4, 4).double()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "A folder of twelve grey pictures, of two classes, one after the other."
+    for k, image in enumerate(load_images("digits").pixels[:12, 0].numpy()):
+        (tmp_path / "pictures" / "ab"[k // 6]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "pictures" / "ab"[k // 6] / f"{k}.png")
+    return tmp_path / "pictures"
+
+
+def test_features_of_a_network_need_no_labels_no_memory_and_with_statistics_no_images(
+    measuring, pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli, "InceptionFeatures", TwoPixels)
+    monkeypatch.setattr(cli, "MOST", 5)
+    monkeypatch.setattr(cli, "load_images", lambda *args, **told: load_images(*args, **told | dict(memory=0)))
+    words = ["--features", "inception", "--reference", tmp_path / "real.npz", "--data"]
+    assert measuring("stored", *words, pictures) == (0, 21)
+    found = numbers(tmp_path / "stored")
+    assert found["samples"]["precision_recall_n"] == [5, 4], "every second of 10, every third of 12"
+    assert found["samples"]["features"] == "two pixels" and found["samples"]["data"].startswith("StoredImages(")
+    assert found["bits_per_dim"]["n"] == 10
+    assert measuring("again", "--fd", *words, "/nowhere") == (0, 6)
+    again = numbers(tmp_path / "again")["samples"]
+    assert again["frechet_distance"] == pytest.approx(found["samples"]["frechet_distance"], rel=1e-9)
+    capsys.readouterr()
+    assert measuring("x", "--data", pictures) == (2, 0)
+    assert "data must fit into memory for the classifier" in capsys.readouterr().err
+    assert measuring("x", "--bpd", "--data", pictures, n=100) == (0, 15)
+    assert numbers(tmp_path / "x")["bits_per_dim"]["n"] == 12, "all, where they are less"
+
+
+def test_images_are_taken_from_all_over_a_data_set(pictures):
+    images = load_images(pictures, memory=0)
+    which = torch.tensor([7, 0])
+    assert torch.equal(cli.selected(images, which).read([0, 1]), images.read([7, 0]))
+    inside = load_images(pictures)
+    assert torch.equal(cli.selected(inside, which).pixels, inside.pixels[which])
+    assert cli.selected(inside, which).labels.tolist() == [1, 0]
+    assert cli.data_digest(images) == cli.data_digest(load_images(pictures, memory=0)) != cli.data_digest(inside)
+
+
+def test_a_learned_variance_is_trained_drawn_and_measured(tmp_path, counting):
+    run = tmp_path / "run"
+    words = ["--objective", "bound", "--variance", "learned", "--steps", 3, "--batch-size", 4, "--T", 5]
+    words += ["--beta-T", 0.5, "--layers", 1, "--track", "none", "--out", run, *QUIET]
+    assert counting("train", *words)[0] == 0
+    m = DDPM.from_pretrained(model_folder(run))
+    assert m.variance == "learned" and m.net.config["out_channels"] == 2 and cli.image_shape(m) == (1, 8, 8)
+    assert counting("sample", run, "-n", 2, "--sampler", "ancestral", "--out", tmp_path / "a.npz", *QUIET) == (0, 5)
+    assert load_images(tmp_path / "a.npz").pixels.shape == (2, 1, 8, 8)
+    assert counting("evaluate", run, "-n", 4, "--steps", 2, *QUIET) == (0, 7)
+    assert numbers(run / "evaluation")["bits_per_dim"]["total"] > 0
+
+
+def test_two_processes_share_a_request_and_an_evaluation(tiny, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ddpm_lit"]
-    words = ["sample", str(demo), "-n", "7", "--batch-size", "2", "--steps", "3", *QUIET, "--out"]
-    measure = ["evaluate", str(demo), "-n", "12", "--steps", "3", "--bpd", "4", *QUIET, "--out"]
+    words = ["sample", str(tiny), "-n", "7", "--batch-size", "2", "--steps", "3", *QUIET, "--out"]
+    measure = ["evaluate", str(tiny), "-n", "50", "--batch-size", "18", "--steps", "3", *QUIET]
+    measure += ["--reference", str(tmp_path / "real.npz"), "--out"]
     for name, command in (("two.npz", words), ("two.json", measure)):
         done = subprocess.run([*torchrun, *command, str(tmp_path / name)], capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.count("in " + str(tmp_path)) == 1, done.stderr
+        assert done.returncode == 0 and done.stdout.count("in " + str(tmp_path)) == 1 + ("json" in name), done.stderr
+    (tmp_path / "real.npz").unlink()
     assert cli.main([*words, str(tmp_path / "one.npz")]) == cli.main([*measure, str(tmp_path / "one.json")]) == 0
     assert torch.equal(load_images(tmp_path / "two.npz").pixels, load_images(tmp_path / "one.npz").pixels)
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert two["bits_per_dim"]["total"] == pytest.approx(one["bits_per_dim"]["total"], rel=1e-5)
-    assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-5)
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    for part in ("bits_per_dim", "samples"):
+        assert one[part].keys() == two[part].keys()
+        for name in one[part]:
+            words = name in ("features", "sampler", "data")
+            assert two[part][name] == (one[part][name] if words else pytest.approx(one[part][name], rel=1e-5)), name
+    assert dict(content(tmp_path / "two"))["samples.png"] == dict(content(tmp_path / "one"))["samples.png"]
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["-n", "3"], "n must be at least 4, got 3"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--bpd-calls", "1"], "bpd_calls must be from 2 to T = 5, got 1"),
+        (["--bpd-calls", "6"], "bpd_calls must be from 2 to T = 5, got 6"),
+        (["--steps", "6"], "steps must be a whole number from 1 to T = 5"),
+        (["--seed", "-1"], "seed must"),
+        (["--data", "mnist5k"], "data must be images like the model's, (1, 8, 8), got Images(mnist5k: 5000 of 28×28"),
+        (["--data", "FEW"], "data must be at least 1,000 images for the classifier, got Images(few: 300 of 8×8"),
+        (["--data", "NO_LABELS"], "data must have labels for the classifier, got Images(no_labels: 1200 of 8×8"),
+        (["--data", "THREE", "--bpd"], "data must be at least 4 images, got Images(three: 3 of 8×8"),
+        (["--data", "RGB"], "data must be images like the model's, (1, 8, 8), got Images(rgb: 4 of 8×8, RGB"),
+        (["--data", "digitz"], "did you mean 'digits'"),
+        (["--features", "inception", "--inception-file", "FEW"], "few.npz must be the file of https://"),
+        (["--features", "inception", "--inception-file", "none.pt"], "none.pt does not exist"),
+        (["--inception-file", "FEW"], "inception_file must come with --features inception"),
+        (["--reference", "stats.txt"], "reference must be a file that ends in .npz, got 'stats.txt'"),
+        (["--reference", "FEW"], "few.npz holds no statistics"),
+        (["--reference", "/dev/null/x/r.npz"], "must be a folder"),
+        (["--out", "table.txt"], "out must be a file that ends in .json, got 'table.txt'"),
+        (["--out", "/dev/null/x/e.json"], "must be a folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_network_is_asked(
+    words, said, tiny, capsys, tmp_path, tmp_path_factory, monkeypatch, counting
+):
+    digits, data = load_images("digits"), tmp_path_factory.mktemp("data")
+    pixels, labels = digits.pixels[:, 0].numpy(), digits.labels.numpy()
+    np.savez(data / "few.npz", images=pixels[:300], labels=labels[:300])
+    np.savez(data / "no_labels.npz", images=pixels[:1200])
+    np.savez(data / "three.npz", images=pixels[:3])
+    np.savez(data / "rgb.npz", images=np.stack([pixels[:4]] * 3, -1))
+    monkeypatch.chdir(tmp_path)
+    words = [str(data / f"{word.lower()}.npz") if word.isupper() else word for word in words]
+    before = sorted(tiny.rglob("*"))
+    assert counting("evaluate", tiny, *words, *QUIET) == (2, 0)
+    told = capsys.readouterr()
+    assert said in told.err and len(told.err.splitlines()) == 1 and told.out == ""
+    assert list(tmp_path.iterdir()) == [] and sorted(tiny.rglob("*")) == before, "it leaves nothing behind"
 
 
 @pytest.mark.parametrize(
@@ -456,7 +787,8 @@ def test_two_processes_share_a_request_and_an_evaluation(demo, tmp_path):
         (["train", "--ema", "1"], "ema must lie in [0, 1)"),
         (["train", "--out", "/dev/null/run"], "out must be a folder"),
         (["demo", "--out", "/dev/null/run"], "out must be a folder"),
-        (["demo", "--samples", "1"], "samples must be at least 2"),
+        (["train", "--variance", "learned"], "objective must be 'bound' where the variance is learned"),
+        (["demo", "--samples", "3"], "samples must be at least 4"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
         (["demo", "--sampling-steps", "1001"], "sampling_steps must"),
         (["demo", "--seed", "-1"], "seed must not be negative"),
@@ -497,11 +829,6 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, monkeypatch, wo
         (["sample", "--every", "0"], "every must be from 1 to the number of steps, 50"),
         (["sample", "--every", "6", "--steps", "5"], "every must be from 1 to the number of steps, 5"),
         (["sample", "--out", "/dev/null/x/grid.png"], "must be a folder"),
-        (["evaluate", "-n", "1"], "n must be at least 2"),
-        (["evaluate", "--bpd", "-1"], "bpd must"),
-        (["evaluate", "--bpd", "1"], "bpd must"),
-        (["evaluate", "--data", "mnist5k"], "data must be images like the model's"),
-        (["evaluate", "--out", "/dev/null/x/e.json"], "must be a folder"),
     ],
 )
 def test_bad_requests_to_a_run_are_refused_before_drawing(capsys, demo, monkeypatch, tmp_path, words, said):
@@ -558,8 +885,8 @@ def test_a_run_that_breaks_ends_with_one_line_and_1(capsys, monkeypatch, tmp_pat
 
 
 def test_python_m_shows_progress_with_the_loss(tmp_path):
-    words = ["demo", "--steps", "3", "--samples", "2", "--sampling-steps", "2", "--out", str(tmp_path / "d")]
+    words = ["demo", "--steps", "3", "--samples", "4", "--sampling-steps", "2", "--out", str(tmp_path / "d")]
     done = subprocess.run([sys.executable, "-m", "ddpm_lit", *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "loss=" in done.stderr and "img/s" in done.stderr and "sampling" in done.stderr
+    assert all(word in done.stderr for word in ("loss=", "img/s", "sampling", "bits/dim"))
     assert "Try next" in done.stdout

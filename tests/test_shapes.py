@@ -177,13 +177,14 @@ def calls(folder: Path) -> None:
     from ddpm_lit.cli import main
 
     run, little = str(folder / "demo"), ["--no-progress", "--steps", "2"]
-    assert main(["demo", *little, "--out", run, "--samples", "3", "--sampling-steps", "2"]) == 0
+    assert main(["demo", *little, "--out", run, "--samples", "4", "--sampling-steps", "2"]) == 0
     assert main(["train", *little, "--out", run, "--T", "5"]) == 0
     forms = [[], ["--format", "npz"], ["--format", "png"], ["--every", "1"]]
     for words, name in zip(forms, ("two.png", "two.npz", "two", "two.gif"), strict=True):
         assert main(["sample", run, *little, "-n", "2", "--batch-size", "1", "--out", str(folder / name), *words]) == 0
     assert main(["sample", run, "--steps", "0"]) == 2
-    assert main(["evaluate", run, *little, "-n", "3", "--bpd", "2"]) == 0
+    words = ["-n", "4", "--batch-size", "3", "--bpd-calls", "2", "--reference", str(folder / "real.npz")]
+    assert main(["evaluate", run, *little, *words]) == main(["evaluate", run, *little, *words]) == 0
 
 
 def inception_like(path: Path) -> tuple[str, str]:
