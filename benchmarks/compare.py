@@ -8,8 +8,8 @@ from collections.abc import Callable
 def take_turns(works: dict[str, Callable], rounds: int, wait: Callable = lambda: None) -> dict[str, list[float]]:
     """Seconds of each of `works` in `rounds` rounds, after one that does not count.
 
-    In every round all of them run, in turn forwards and backwards, so that whatever else the machine does hits all. `wait`
-    is called before the clock is read (on a GPU, it waits for it).
+    In every round all of them run, in turn forwards and backwards, so that whatever else the machine does hits all.
+    `wait` is called before the clock is read (on a GPU, it waits for it).
     """
     took = {name: [] for name in works}
     for turn in range(rounds + 1):
@@ -40,7 +40,7 @@ def header() -> None:
 
 
 def lines(work: str, took: dict[str, list[float]]) -> None:
-    "The lines of one work: ours first, then each peer with the median over the rounds of ours over theirs, and its range."
+    "The lines of one work: ours, then each peer with the median over the rounds of ours over theirs, and its range."
     for who, values in took.items():
         ratios = sorted(a / b for a, b in zip(took["ddpm_lit"], values, strict=True))
         told = f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f}–{ratios[-1]:.2f})" if who != "ddpm_lit" else ""

@@ -1,9 +1,9 @@
 """What a user would otherwise pick, on the same work: diffusers, and denoising-diffusion-pytorch.
 
-Each peer has a network for "cifar10" and for "digits", a step of training with it, and its own loop of sampling. That of
-diffusers has the weights of ours. denoising-diffusion-pytorch has another U-Net; it gets the nearest size. It imports
-torchvision, for a data set that is not used here; torchvision does not import beside the CPU build of torch, so an empty
-module takes its place.
+Each peer has a network for "cifar10" and for "digits", a step of training with it, and its own loop of sampling. That
+of diffusers has the weights of ours. denoising-diffusion-pytorch has another U-Net; it gets the nearest size. It
+imports torchvision, for a data set that is not used here; torchvision does not import beside the CPU build of torch, so
+an empty module takes its place.
 """
 
 import sys

@@ -842,8 +842,8 @@ def measure_samples(work: Evaluation) -> None:
     else:
         real, data = reference_of(work.features, work.images, asked.n, seed, **work.told), repr(work.images)
         if asked.reference and first_process():
-            with whole(asked.reference) as draft, open(draft, "wb") as file:
-                real.statistics.save(file)
+            with whole(asked.reference) as draft:
+                real.statistics.save(draft)
     batches = (torch.from_numpy(parts.read(i)) for i, _ in my_turns(asked.n, asked.batch_size))
     found = quality(work.features, batches, asked.n, real, **work.told)
     if first_process():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'INCEPTION_SHA256', 'root', 'frechet_distance', 'Statistics', 'RunningStatistics', 'feature_statistics',
-           'ClassifierFeatures', 'fetched_file', 'InceptionFeatures', 'my_turns', 'sum_over_processes', 'with_bar',
+           'ClassifierFeatures', 'fetched_file', 'InceptionFeatures', 'my_turns', 'sum_over_processes', 'hidden_bar',
            'features_of', 'statistics_of', 'neighbour_distance', 'share_within', 'precision_recall', 'inception_score',
            'BitsPerDim', 'asked_times', 'no_sums', 'bound_sums', 'means_and_errors', 'generators', 'evaluate_bpd',
            'RateDistortion', 'rate_distortion']
@@ -145,6 +145,7 @@ class ClassifierFeatures:
     """
 
     def __init__(self, images: Images, hidden: Sequence[int] = (256, 64, 32), held_out: int = 500, seed: int = 0):
+        import sklearn
         from sklearn.model_selection import train_test_split
         from sklearn.neural_network import MLPClassifier
 
@@ -161,7 +162,7 @@ class ClassifierFeatures:
         self.accuracy = classifier.score(x[self.test], y[self.test])
         layers = zip(classifier.coefs_, classifier.intercepts_, strict=True)
         self.layers = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in layers]
-        made_of = hashlib.sha256(repr((self.shape, tuple(hidden), held_out, seed)).encode())
+        made_of = hashlib.sha256(repr((sklearn.__version__, self.shape, tuple(hidden), held_out, seed)).encode())
         for part in (images.pixels, images.labels):
             made_of.update(part.contiguous().numpy().tobytes())
         self.name = f"classifier {made_of.hexdigest()[:12]}"
@@ -257,11 +258,11 @@ def sum_over_processes(x: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
     return reduce(x.to(this_process().device), "sum").cpu()
 
 
-def with_bar(batches, shown: bool, what: str):
-    "The same `batches`, with a progress bar where it is to be `shown`, on the first process."
+def hidden_bar(hidden: bool, what: str, total: int | None, unit: str):
+    "A progress bar over `total` units, unless it is `hidden`; on the first process only. To be used in a `with`."
     from tqdm import tqdm
 
-    return tqdm(batches, what, unit="batch", disable=not (shown and this_process().is_main_process))
+    return tqdm(desc=what, total=total, unit=unit, disable=hidden or not this_process().is_main_process)
 
 # %% ../nbs/12_evaluation.ipynb #36
 def features_of(features: Callable, images, batch_size: int = 500, progress: bool = False) -> Iterator[Tensor]:
@@ -269,13 +270,13 @@ def features_of(features: Callable, images, batch_size: int = 500, progress: boo
 
     `images` are `Images`, `StoredImages`, one tensor of pixels, or an iterable of such tensors: this process's own.
     """
-    if isinstance(images, Tensor):
-        images = Images(images)
-    if isinstance(images, Images | StoredImages):
-        batches = (images.read(turn) for _, turn in with_bar(my_turns(len(images), batch_size), progress, "features"))
-    else:
-        batches = with_bar(images, progress, "features")
-    return map(features, batches)
+    whole = Images(images) if isinstance(images, Tensor) else images
+    if isinstance(whole, Images | StoredImages):
+        images = (whole.read(turn) for _, turn in my_turns(len(whole), batch_size))
+    with hidden_bar(not progress, "features", None, "img") as bar:
+        for pixels in images:
+            yield features(pixels)
+            bar.update(len(pixels))
 
 
 def statistics_of(features: Callable, images, batch_size: int = 500, progress: bool = False) -> Statistics:
@@ -291,8 +292,8 @@ def statistics_of(features: Callable, images, batch_size: int = 500, progress: b
     from accelerate.utils import gather_object
 
     joined = RunningStatistics(running.name)
-    for n, mean, scatter in gather_object([(running.n, running.mean, running.scatter)]):
-        joined.join(n, mean, scatter)
+    for n, mean, scatter in gather_object([(running.n, *map(torch.as_tensor, (running.mean, running.scatter)))]):
+        joined.join(n, mean.cpu(), scatter.cpu())
     return joined.result()
 
 # %% ../nbs/12_evaluation.ipynb #39
@@ -394,8 +395,10 @@ def no_sums(T: int, device="cpu") -> dict[str, Float64[Tensor, "..."]]:
 
 
 @torch.no_grad()
-def bound_sums(m: DDPM, x0: Float[Tensor, "b ..."], calls: int | None = None, generator: torch.Generator | None = None):
-    "These sums for one batch of 8-bit images in [-1, 1]; `calls` as in `evaluate_bpd`."
+def bound_sums(
+    m: DDPM, x0: Float[Tensor, "b ..."], calls: int | None = None, generator: torch.Generator | None = None, bar=None
+) -> dict[str, Float64[Tensor, "..."]]:
+    "These sums for one batch of 8-bit images in [-1, 1]; `calls` as in `evaluate_bpd`; each moves the `bar` on by one."
     s, sums = m.s, no_sums(m.s.T, x0.device)
     prior = bits_per_dim(prior_term(s, x0), x0).double()
     total = prior.clone()
@@ -408,6 +411,8 @@ def bound_sums(m: DDPM, x0: Float[Tensor, "b ..."], calls: int | None = None, ge
         for name, values in dict(terms=bits, squares=bits**2, asked=torch.ones_like(bits), error=error).items():
             sums[name].index_add_(0, t, values)
         total += bits
+        if bar is not None:
+            bar.update()
     sums |= dict(prior=prior.sum(), total=total.sum(), total_squares=total.square().sum())
     return {name: value.cpu() for name, value in sums.items()}
 
@@ -457,15 +462,18 @@ def evaluate_bpd(
         raise ValueError(f"calls must be from 2 to T = {T}, got {calls}")
     turns, device, sums = my_turns(n, batch_size), m.s.beta.device, no_sums(T)
     own = generators(generator, math.ceil(n / batch_size), device)
-    for i, turn in with_bar(turns, progress, "bits/dim"):
-        found = None if kept is None else kept.get(i)
-        if found is None:
-            found = bound_sums(m, to_network(images.read(turn).to(device)), calls, own[i])
-            if kept is not None:
-                kept[i] = found
-        elif len(found["asked"]) != T or found["asked"].sum() != len(turn) * (calls or T):
-            raise ValueError("kept must come from an evaluation with the same T, n, batch_size and calls")
-        sums = {name: sums[name] + found[name] for name in sums}
+    with hidden_bar(not progress, "bits/dim", len(turns) * (calls or T), "call") as bar:
+        for i, turn in turns:
+            if kept is None or i not in kept:
+                found = bound_sums(m, to_network(images.read(turn).to(device)), calls, own[i], bar)
+                if kept is not None:
+                    kept[i] = found
+            else:
+                found = kept[i]
+                if len(found["asked"]) != T or found["asked"].sum() != len(turn) * (calls or T):
+                    raise ValueError("kept must come from an evaluation with the same T, n, batch_size and calls")
+                bar.update(calls or T)
+            sums = {name: sums[name] + found[name] for name in sums}
     return means_and_errors({name: sum_over_processes(x) for name, x in sums.items()}, n, calls)
 
 # %% ../nbs/12_evaluation.ipynb #60

@@ -787,7 +787,7 @@ def test_what_cannot_be_measured_is_refused_before_the_network_is_asked(
         (["train", "--ema", "1"], "ema must lie in [0, 1)"),
         (["train", "--out", "/dev/null/run"], "out must be a folder"),
         (["demo", "--out", "/dev/null/run"], "out must be a folder"),
-        (["train", "--variance", "learned"], "objective must be 'bound' where the variance is learned"),
+        (["train", "--variance", "learned"], "objective must be 'bound' for a learned variance"),
         (["demo", "--samples", "3"], "samples must be at least 4"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
         (["demo", "--sampling-steps", "1001"], "sampling_steps must"),

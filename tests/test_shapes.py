@@ -171,7 +171,8 @@ def calls(folder: Path) -> None:
     bits = d.evaluate_bpd(m, few, 4, 3, draw, kept=kept), d.evaluate_bpd(any_size, stored, calls=2)
     bits[0].decoder, bits[1].kl, d.rate_distortion(bits[0]), d.bound_sums(any_size, x0.double()), d.my_turns(5, 2)
     d.means_and_errors(d.bound_sums(m, x0, 3, draw), 2, 3), [d.sum_over_processes(x) for x in d.no_sums(3).values()]
-    d.generators(None, 2), [list(d.asked_times(s, k, 2, None)) for k in (None, 2, 6)], list(d.with_bar([1], False, "x"))
+    d.generators(None, 2), [list(d.asked_times(s, k, 2, None)) for k in (None, 2, 6)]
+    d.hidden_bar(True, "x", 1, "call").close()
 
     # 13 the command line, every command of it
     from ddpm_lit.cli import main
