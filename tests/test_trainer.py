@@ -156,7 +156,7 @@ def test_the_objective_is_the_one_that_is_asked_for(digits):
 
 
 def test_a_learned_variance_wants_the_bound(digits, tmp_path):
-    with pytest.raises(ValueError, match="^objective must be 'bound' where the variance is learned"):
+    with pytest.raises(ValueError, match="^objective must be 'bound' for a learned variance"):
         Trainer(learning(), digits, config(out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists(), "refused before anything is written"
 
