@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRIDE', 'RECIPES', 'SCHEDULES', 'SOURCES', 'SIZES', 'MODEL_FILES', 'FORMS', 'MOST', 'image_shape', 'Sampling',
            'first_process', 'say', 'fetched', 'open_run', 'Typed', 'Train', 'keep_recipe', 'typed', 'recipe_of',
-           'whole', 'Parts', 'DrawnParts', 'Pictures', 'save_npz', 'fingerprint', 'drawing_request', 'save_film',
+           'whole', 'KeptParts', 'DrawnParts', 'Pictures', 'save_npz', 'fingerprint', 'drawing_request', 'save_film',
            'telling_what_is_kept', 'draw_missing', 'draw_way', 'destination', 'Sample', 'selected', 'data_digest',
            'measured_bits', 'KeptSums', 'own_parts', 'Noting', 'in_order', 'made_once', 'Reference', 'noise_statistics',
            'reference_of', 'quality', 'Evaluate', 'check_request', 'features_for', 'read_reference', 'Evaluation',
@@ -255,7 +255,7 @@ def whole(path: Path):
         draft.unlink(missing_ok=True)
 
 # %% ../nbs/13_command_line.ipynb #19
-class Parts:
+class KeptParts:
     """The finished batches of a request, each in a file of `folder`; `request.json` says what was asked for.
 
     Raises `ValueError` where the folder holds another request, naming what differs. A larger `n` is no other request.
@@ -296,7 +296,7 @@ class Parts:
         return [i for i in range(len(self.sizes)) if not self.has(i)]
 
 # %% ../nbs/13_command_line.ipynb #20
-class DrawnParts(Parts):
+class DrawnParts(KeptParts):
     "Batches of drawn images, each an array."
 
     suffix = ".npy"
@@ -390,7 +390,7 @@ def save_film(path: Path, frames: UInt8[Tensor, "k n c h w"]) -> None:
 
 # %% ../nbs/13_command_line.ipynb #32
 @contextlib.contextmanager
-def telling_what_is_kept(parts: Parts, what: str = ""):
+def telling_what_is_kept(parts: KeptParts, what: str = ""):
     "Add to an error how many images are finished, and how to go on."
     try:
         yield
@@ -541,7 +541,7 @@ def measured_bits(
     return bits, dict(total=bits.total, standard_error=bits.error, **parts, **what)
 
 # %% ../nbs/13_command_line.ipynb #42
-class KeptSums(Parts, MutableMapping):
+class KeptSums(KeptParts, MutableMapping):
     "What `evaluate_bpd` found of each batch, by its number. What is not finite is written, but not there."
 
     suffix = ".safetensors"
@@ -585,7 +585,7 @@ class KeptSums(Parts, MutableMapping):
         return len(list(iter(self)))
 
 
-def own_parts(kind: type[Parts], folder: Path, request: dict) -> Parts:
+def own_parts(kind: type[KeptParts], folder: Path, request: dict) -> KeptParts:
     "Those of `request` in a folder that nobody else uses: what is there of another request is removed."
     with this_process().main_process_first():
         try:
