@@ -59,6 +59,15 @@ class Peer:
         return work
 
 
+def fresh(name: str, case: str) -> nn.Module:
+    "The network as its own library initialises it, to be trained."
+    if name == "ddpm_lit":
+        return UNet.from_preset(case, torch.Generator().manual_seed(0))
+    if name == "diffusers":
+        return UNet2DModel(**UNet.from_preset(case).config)
+    return their_unet(case)
+
+
 def random_unet(case: str) -> UNet:
     "Ours, with weights that leave nothing at zero."
     net = UNet.from_preset(case, torch.Generator().manual_seed(0))
@@ -99,18 +108,29 @@ def diffusers(case: str, device: str = "cpu") -> Peer:
     return Peer(net, lambda x, t: net(x, t).sample, sample)
 
 
-def denoising_diffusion_pytorch(case: str, device: str = "cpu") -> Peer:
-    "Its own U-Net of the nearest size, and its own loops (which have no strided ancestral sampling)."
+def their_package():
+    "denoising-diffusion-pytorch, imported without torchvision."
     if "torchvision" not in sys.modules:
         stand_in = types.ModuleType("torchvision")
         stand_in.transforms = stand_in.utils = None
         sys.modules["torchvision"] = stand_in
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    import denoising_diffusion_pytorch
 
-    channels, size, _ = SHAPES[case]
-    net = Unet(64, channels=channels) if case == "cifar10" else Unet(36, dim_mults=(1, 2), channels=channels)
+    return denoising_diffusion_pytorch
+
+
+def their_unet(case: str) -> nn.Module:
+    "The U-Net of denoising-diffusion-pytorch whose size is nearest to ours: 35.7 and 1.0 million parameters."
+    told = dict(dim=64) if case == "cifar10" else dict(dim=36, dim_mults=(1, 2))
+    return their_package().Unet(**told, channels=SHAPES[case][0])
+
+
+def denoising_diffusion_pytorch(case: str, device: str = "cpu") -> Peer:
+    "Its own U-Net and its own loops (which have no strided ancestral sampling)."
+    net, size = their_unet(case), SHAPES[case][1]
     told = dict(image_size=size, timesteps=1000, objective="pred_noise", beta_schedule="linear")
-    loops = nn.ModuleDict({n: GaussianDiffusion(net, sampling_timesteps=int(n), **told) for n in ("50", "1000")})
+    loop = their_package().GaussianDiffusion
+    loops = nn.ModuleDict({str(n): loop(net, sampling_timesteps=n, **told) for n in (50, 1000)})
     loops.to(device).eval()
 
     def sample(x_T, sampler, steps):

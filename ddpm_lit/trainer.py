@@ -326,6 +326,7 @@ def quiet_accelerate():
 def end_processes() -> None:
     "Leave the group of processes that torchrun or `accelerate launch` made, where there is one."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.1)  # while we wait, a thread of gloo can let go of its last tensor; else Python may abort at exit
         torch.distributed.destroy_process_group()
 
 
