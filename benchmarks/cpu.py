@@ -89,7 +89,7 @@ def likelihood() -> None:
     lines("all 1000 terms of the bound of 64 digits", took)
 
 
-GOAL, LOOKS = 3.0, range(200, 901, 50)
+GOAL, LOOKS = 5.0, range(200, 901, 50)
 
 
 class Watch:
