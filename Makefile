@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint export notebooks ablation bench bench-gpu clean
+.PHONY: help install demo test lint export notebooks ablation clean
 
 help: ## list what make can do
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
@@ -43,18 +43,6 @@ ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table o
 	mkdir -p build
 	$(BIN)/jupytext --quiet --to py:percent --output build/ablation.py nbs/21_ablation.ipynb
 	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
-
-bench bench-gpu: export PYTHONPATH = build/peers
-
-bench: build/peers/installed ## this package beside its peers on the CPU, in less than ten minutes; ARGS=network for a part
-	$(BIN)/python benchmarks/cpu.py $(ARGS)
-
-bench-gpu: build/peers/installed ## the same on a GPU
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
-
-build/peers/installed: .venv/installed benchmarks/requirements.txt
-	$(BIN)/python -m pip install --no-deps --upgrade --target build/peers --requirement benchmarks/requirements.txt
-	touch $@
 
 clean: ## remove builds and caches; .venv and what was trained stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.ipynb_checkpoints
