@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'ATTENDS', 'CHOICES', 'NOT_BUILT', 'PRESETS', 'TRAINING', 'PREDICTION_TYPES', 'VARIANCE_TYPES',
            'SCHEDULER_DEFAULTS', 'WEIGHTS', 'OLD_NAMES', 'OLD_WEIGHTS', 'SCHEDULER_ONLY', 'SAMPLER_ONLY', 'sinusoidal',
-           'TimeEmbedding', 'zeroed', 'Dropout', 'silu', 'plainly', 'frugally', 'halved', 'doubled', 'ResidualBlock',
-           'Attention', 'attention', 'arranged', 'Downsample', 'transposed', 'Upsample', 'Level', 'Down', 'Up',
-           'Middle', 'check_words', 'check_numbers', 'block_of', 'resizes', 'way_down', 'way_up', 'steps_of',
-           'check_labels', 'class_embedding', 'embedding', 'initialise', 'UNet', 'word_for', 'scheduler_config',
-           'save_ddpm', 'move_into', 'read_json', 'read_weights', 'beta_schedule', 'load_schedule', 'load_unet',
-           'load_ddpm', 'download']
+           'TimeEmbedding', 'zeroed', 'GroupNorm', 'Dropout', 'silu', 'plainly', 'frugally', 'halved', 'doubled',
+           'ResidualBlock', 'attended', 'Attention', 'attention', 'arranged', 'Downsample', 'transposed', 'Upsample',
+           'Level', 'Down', 'Up', 'Middle', 'check_words', 'check_numbers', 'block_of', 'resizes', 'way_down', 'way_up',
+           'steps_of', 'check_labels', 'class_embedding', 'embedding', 'initialise', 'UNet', 'word_for',
+           'scheduler_config', 'save_ddpm', 'move_into', 'read_json', 'read_weights', 'beta_schedule', 'load_schedule',
+           'load_unet', 'load_ddpm', 'download']
 
 # %% ../nbs/08_unet.ipynb #6
 import copy
@@ -68,6 +68,20 @@ def zeroed(layer: nn.Module) -> nn.Module:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's group norm, with a detour on the CPU for small images whose channels lie side by side.
+
+    Where a group has fewer than 16 channels and an image fewer than 32×32 pixels, PyTorch takes up to ten times as long
+    for them as for the same images plane by plane: it is cheaper to lay them out anew, before and after.
+    """
+
+    def forward(self, x: Float[Tensor, "b c ..."]) -> Float[Tensor, "b c ..."]:
+        narrow, small = self.num_channels < 16 * self.num_groups, x.shape[2:].numel() < 32 * 32
+        if x.is_contiguous() or x.device.type != "cpu" or not (narrow and small) or torch.compiler.is_compiling():
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 
 class Dropout(nn.Dropout):
@@ -132,10 +146,10 @@ class ResidualBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift, self.resize = scale_shift, resize
-        self.norm1 = nn.GroupNorm(groups, channels, eps)
+        self.norm1 = GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(width, 2 * out if scale_shift else out)
-        self.norm2 = nn.GroupNorm(groups, out, eps)
+        self.norm2 = GroupNorm(groups, out, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out, out, 3, padding=1))
         self.conv_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
@@ -153,6 +167,17 @@ class ResidualBlock(nn.Module):
         return self.conv2(self.dropout(silu(h))).add_(self.conv_shortcut(x))
 
 # %% ../nbs/08_unet.ipynb #14
+def attended(q: Float[Tensor, "b k n d"], k: Float[Tensor, "b k n d"], v: Float[Tensor, "b k n d"]) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, for every image and head.
+
+    This is PyTorch's `scaled_dot_product_attention`, except for bfloat16 on the CPU, where two matrix products take half
+    its time. Beyond 32×32 positions their table of all pairs is too large.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 32 * 32:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
+
+
 class Attention(nn.Module):
     """x + the attention of every position to every position, after group norm, with `channels // head_dim` heads.
 
@@ -163,7 +188,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_dim: int, groups: int | None, eps: float):
         super().__init__()
         self.heads = channels // head_dim
-        self.group_norm = nn.Identity() if groups is None else nn.GroupNorm(groups, channels, eps)
+        self.group_norm = nn.Identity() if groups is None else GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -173,7 +198,7 @@ class Attention(nn.Module):
         h, maps = rearrange(self.group_norm(x), "b c h w -> b (h w) c"), (self.to_q, self.to_k, self.to_v)
         h = F.linear(h, torch.cat([to.weight for to in maps]), torch.cat([to.bias for to in maps]))
         q, k, v = rearrange(h, "b n (three k d) -> three b k n d", three=3, k=self.heads)
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b k n d -> b n (k d)")
+        h = rearrange(attended(q, k, v), "b k n d -> b n (k d)")
         return x + rearrange(self.to_out[0](h), "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -211,16 +236,19 @@ class Downsample(nn.Module):
 
 
 def transposed(weight: Float[Tensor, "out c 3 3"]) -> Float[Tensor, "c out 4 4"]:
-    "The kernel of the transposed convolution of stride 2 that does what `doubled`, then `weight`, do."
-    flipped = rearrange(weight, "out c h w -> c out h w").flip(2, 3)
-    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
-    return F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+    """The kernel of the transposed convolution of stride 2 that does what `doubled`, then `weight`, do.
+
+    Along each axis the four of its entries are w_2, w_1 + w_2, w_0 + w_1 and w_0.
+    """
+    sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    kernel = weight.flatten(2) @ torch.kron(sums, sums).T
+    return rearrange(kernel, "out c (h w) -> c out h w", h=4).contiguous()
 
 
 class Upsample(nn.Module):
     """Every pixel becomes 2×2 (nearest neighbour), then a 3×3 convolution: twice the height and width.
 
-    From 16×16 on the CPU does both at once, which is the same sum with 4 products for 9.
+    From 8×8 on the CPU does both at once, which is the same sum with 4 products for 9.
     """
 
     def __init__(self, channels: int):
@@ -230,7 +258,7 @@ class Upsample(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
         pixels = x.shape[2] * x.shape[3]
         x = arranged(x, self.conv, 4 * pixels)
-        if x.device.type == "cpu" and pixels >= 16 * 16:
+        if x.device.type == "cpu" and pixels >= 8 * 8:
             return F.conv_transpose2d(x, transposed(self.conv.weight), self.conv.bias, stride=2, padding=1)
         return self.conv(doubled(x))
 
@@ -504,7 +532,7 @@ class UNet(nn.Module):
         self.down_blocks = way_down(config, skips)
         self.mid_block = Middle(widths[-1], head_dim if config["add_attention"] else None, **block)
         self.up_blocks = way_up(config, skips)
-        self.conv_norm_out = nn.GroupNorm(block["groups"], widths[0], block["eps"])
+        self.conv_norm_out = GroupNorm(block["groups"], widths[0], block["eps"])
         self.conv_out = zeroed(nn.Conv2d(widths[0], config["out_channels"], 3, padding=1))
         initialise(self, generator)
 

@@ -113,6 +113,7 @@ def calls(folder: Path) -> None:
         net.gradient_checkpointing = True
         net(x0, t, labels).sum().backward()
     d.Upsample(8)(torch.zeros(1, 8, 16, 16)), [d.beta_schedule(kind, 9, 0.1, 0.2) for kind in ("linear", "sigmoid")]
+    d.attended(*torch.zeros(3, 1, 2, 4, 8)), d.attended(*torch.zeros(3, 1, 2, 4, 8, dtype=torch.bfloat16))
     for variance in d.VARIANCES:
         net = d.UNet.from_preset("digits", draw, **small, out_channels=2 if variance == "learned" else 1)
         net(x0, t), net(x0, 3), net.double()(x0.double(), t), net.float()
