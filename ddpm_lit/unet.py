@@ -170,8 +170,8 @@ class ResidualBlock(nn.Module):
 def attended(q: Float[Tensor, "b k n d"], k: Float[Tensor, "b k n d"], v: Float[Tensor, "b k n d"]) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, for every image and head.
 
-    This is PyTorch's `scaled_dot_product_attention`, except for bfloat16 on the CPU, where two matrix products take half
-    its time. Beyond 32×32 positions their table of all pairs is too large.
+    This is PyTorch's `scaled_dot_product_attention`, except for bfloat16 on the CPU, where two matrix products take
+    half its time. Beyond 32×32 positions their table of all pairs is too large.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 32 * 32:
         return F.scaled_dot_product_attention(q, k, v)
