@@ -5,10 +5,10 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint export notebooks ablation clean
+.PHONY: help install demo test lint export notebooks ablation bench bench-gpu clean
 
 help: ## list what make can do
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
 
 install: .venv/installed ## create .venv with the pinned versions; nothing happens where it is up to date
 
@@ -43,6 +43,18 @@ ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table o
 	mkdir -p build
 	$(BIN)/jupytext --quiet --to py:percent --output build/ablation.py nbs/21_ablation.ipynb
 	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
+
+# The peers come without what they require: torchvision, which one of them names, does not import beside a CPU torch.
+build/peers: .venv/installed
+	$(BIN)/python -m pip install --no-deps $$(sed -n 's/^bench_requirements = //p' settings.ini)
+	mkdir -p build
+	touch $@
+
+bench: build/peers ## time this package beside its peers on the CPU: 10 minutes on two quiet cores; ARGS=network for a part
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+bench-gpu: build/peers ## the same on a GPU, CIFAR-10 at the paper's size: 10 minutes; ARGS=training for a part
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## remove builds and caches; .venv and what was trained stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.ipynb_checkpoints

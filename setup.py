@@ -10,6 +10,7 @@ cfg = config["DEFAULT"]
 
 extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "data", "tracking", "dev")}
 extras["dev"] = sorted({r for requirements in extras.values() for r in requirements})
+extras["bench"] = cfg["bench_requirements"].split()  # apart: one of the peers asks for torchvision
 
 setup(
     name=cfg["lib_name"],
