@@ -1,5 +1,7 @@
 """The samplers, step by step against diffusers' schedulers and against Algorithm 2 written out."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -14,7 +16,9 @@ from ddpm_lit.sampler import (
     ddim_plan,
     ddim_sample,
     limiter,
+    one_step,
     sample_steps,
+    step_table,
     time_steps,
 )
 from ddpm_lit.unet import UNet
@@ -277,3 +281,129 @@ def test_a_large_request_is_drawn_in_batches():
 def test_more_of_what_cannot_be_is_refused_by_name(call, word):
     with pytest.raises(ValueError, match=f"^{word} must be"):
         call(model())
+
+
+# The step as a function of tensors, and compiled.
+
+
+def some_plans(m):
+    ancestral = [ancestral_plan(m.s, m.variance), ancestral_plan(m.s, m.variance, 5)]
+    return ancestral + [ddim_plan(m.s, 5, eta) for eta in (0.0, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("clip", [True, False, 0.9])
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta", "learned"])
+def test_no_value_is_asked_for_in_the_loop(variance, clip):
+    "On the device `meta` a tensor has no values, so that asking for one is an error; a GPU one would wait for."
+    channels = 2 if variance == "learned" else 1
+    net = UNet.from_preset("digits", generator=rng(0), **TINY, out_channels=channels).to("meta")
+    m, x = DDPM(net, linear_schedule(12), variance=variance), torch.empty(SHAPE, device="meta")
+    for plan in some_plans(m):
+        seen = [(t, x.shape, x0.shape) for t, x, x0 in sample_steps(m, plan, x, clip=clip)]
+        assert seen == [(t, SHAPE, SHAPE) for t in plan.t.tolist()]
+    curious = DDPM(lambda x, t: x if x.mean() > 0 else -x, m.s)
+    with pytest.raises(RuntimeError, match="item"):
+        list(sample_steps(curious, plan, x, clip=clip))
+
+
+def test_the_table_is_rounded_once_and_never_below_float32():
+    m = model()
+    plan = ancestral_plan(m.s)
+    kinds = (torch.float64, torch.float32, torch.float16)
+    exact, single, half = (step_table(m, plan, torch.zeros(1, dtype=kind)) for kind in kinds)
+    assert exact.shape == (1000, 6) and exact.dtype == torch.float64
+    assert torch.equal(exact[:, 2:5], torch.stack(plan[1:4], 1)) and torch.equal(exact[:, 5], torch.ones(1000).double())
+    assert torch.equal(single, exact.float()) and torch.equal(half, single)
+    x, z = torch.randn(2, *SHAPE, generator=rng(1)).bfloat16()
+    for row in single[::100]:
+        coarse, fine = (one_step(m, y, torch.tensor(3).expand(3), row, z.to(y), False) for y in (x, x.float()))
+        assert coarse[0].dtype == torch.bfloat16
+        torch.testing.assert_close(coarse[0].float(), fine[0], rtol=2e-2, atol=1e-2)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    "Compiled steps are captured and run as they are, without a compiler: the list grows by each graph that is made."
+    import ddpm_lit.sampler as sampler
+
+    made = []
+    backend = lambda graph, inputs: made.append(graph) or graph  # noqa: E731
+    step = torch.compile(one_step, backend=backend, dynamic=False, fullgraph=True)
+    monkeypatch.setattr(sampler, "compiled_step", lambda: step)
+    torch.compiler.reset()
+    yield made
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("clip", [True, False, 0.9])
+@pytest.mark.parametrize("variance", ["beta_tilde", "learned"])
+def test_a_compiled_step_draws_the_same_and_is_made_once(graphs, variance, clip):
+    m = model("eps", variance, T=30)
+    x_T = torch.randn(8, 1, 8, 8, generator=rng(2), dtype=torch.float64)
+    told = dict(x_T=x_T, clip=clip, batch_size=4)
+    for sample in (
+        lambda **k: ancestral_sample(m, x_T.shape, generator=rng(3), **k),
+        lambda **k: ancestral_sample(m, x_T.shape, generator=rng(4), steps=7, **k),
+        lambda **k: ddim_sample(m, x_T.shape, 5, generator=rng(5), **k),
+        lambda **k: ddim_sample(m, x_T.shape, 7, 0.5, generator=rng(6), **k),
+    ):
+        torch.testing.assert_close(sample(compile=True, **told), sample(**told), rtol=1e-9, atol=1e-9)
+        assert len(graphs) == 1, "with noise and without, whatever the plan, in every batch"
+    ddim_sample(m, x_T.shape, 5, compile=True, **told | dict(clip=clip is not True))
+    assert len(graphs) == 2, "another limit is another graph"
+    ddim_sample(m, x_T.shape, 5, compile=True, **told | dict(batch_size=5))
+    assert len(graphs) == 4, "and so is another size of batch: 5, and 3 that are left"
+    ddim_sample(m, x_T.shape, 5, compile=True, **told | dict(batch_size=5))
+    assert len(graphs) == 4
+
+
+def test_compiled_steps_leave_a_layout_and_the_model_as_they_were(graphs):
+    net = UNet.from_preset("digits", generator=rng(0), **TINY, in_channels=3, out_channels=3)
+    m = DDPM(net.to(memory_format=torch.channels_last), linear_schedule(5)).train()
+    x_T = torch.randn(2, 3, 8, 8, generator=rng(1)).contiguous(memory_format=torch.channels_last)
+    seen = []
+    x = ddim_sample(m, x_T.shape, 4, 1.0, x_T, compile=True, callback=lambda t, x, x0: seen.append(x))
+    assert len(graphs) == 1 and m.training and not x.requires_grad and not x.is_inference()
+    assert all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in seen)
+
+
+def test_what_the_callback_got_stays_as_it_was(monkeypatch):
+    "A CUDA graph writes its results to where it wrote the last ones."
+    import ddpm_lit.sampler as sampler
+
+    places = []
+
+    def same_place(*args):
+        made = one_step(*args)
+        places.extend(map(torch.empty_like, made) if not places else ())
+        return [place.copy_(new) for place, new in zip(places, made, strict=True)]
+
+    monkeypatch.setattr(sampler, "compiled_step", lambda: same_place)
+    m, seen, then = model(T=20), [], []
+    keep = lambda t, *images: seen.extend(images) or then.extend(x.clone() for x in images)  # noqa: E731
+    x = ancestral_sample(m, SHAPE, generator=rng(1), compile=True, callback=keep)
+    assert len(seen) == 40 and torch.equal(x, ancestral_sample(m, SHAPE, generator=rng(1)))
+    assert all(torch.equal(now, before) for now, before in zip(seen, then, strict=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_for_the_cpu_it_draws_the_same_to_rounding():
+    conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+    torch.nn.init.normal_(conv.weight, generator=rng(0))
+    m = DDPM(lambda x, t: torch.tanh(conv(x) + torch.cos(t / 9)[:, None, None, None]), linear_schedule(20))
+    x_T = torch.randn(SHAPE, generator=rng(2))
+    for sample in (ancestral_sample, lambda *a, **k: ddim_sample(*a, steps=5, **k)):
+        drawn, expected = (sample(m, SHAPE, x_T=x_T, generator=rng(3), compile=c) for c in (True, False))
+        torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_compiled_is_refused_in_one_line(graphs):
+    asks = DDPM(lambda x, t: x if t[0] > 3 else -x, linear_schedule(5))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="^compile must be False where .*: .*branching") as refused:
+            ddim_sample(asks, SHAPE, 2, compile=True)
+        assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="^clip must be"):
+        ddim_sample(asks, SHAPE, 2, compile=True, clip=1.5)
+    with pytest.raises(ValueError, match="m returned numbers that are not finite"):
+        ddim_sample(DDPM(lambda x, t: x * float("nan"), linear_schedule(5)), SHAPE, 2, compile=True)

@@ -152,6 +152,12 @@ def calls(folder: Path) -> None:
         d.ancestral_sample(m, x0.shape, generator=draw), d.ancestral_sample(m, x0.shape, eps, steps=3)
     d.ddim_sample(m, x0.shape, 3), d.ddim_sample(m, x0.shape, 3, 1.0, eps, draw, clip=0.9, batch_size=1)
     d.ddim_invert(d.DDPM.from_pretrained(folder / "beta"), x0, 3, 2), d.limiter(True)(x0), d.limiter(0.9)(x0)
+    m, plan, sampler = d.DDPM(lambda x, t: 0.1 * x, s), d.ancestral_plan(s), importlib.import_module("ddpm_lit.sampler")
+    row, step = d.step_table(m, plan, x0)[0], d.compiled_step()  # the checker cannot be compiled, so it is left out:
+    sampler.compiled_step = lambda: d.one_step
+    d.one_step(m, x0, t, row), d.one_step(m, x0.double(), t, row.double(), eps.double(), 0.9)
+    d.replayed_step(m, x0, t, row, eps, False), list(d.walk(m, plan, x0, draw, True, False))
+    d.ddim_sample(m, x0.shape, 3, 1.0, compile=True), callable(step)
 
     # 12 evaluation: images in memory, in files, as bare pixels, in batches; all terms and some
     features, pixels = d.ClassifierFeatures(few, held_out=30), digits.pixels[:50]
