@@ -93,15 +93,64 @@ def test_sample_writes_a_grid_into_a_new_folder(demo, tmp_path):
 
 def test_one_batch_is_drawn_by_the_sampler_with_the_seed_itself(demo):
     m = cli.open_run(demo)
-    generator = torch.Generator().manual_seed(3)
-    expected = cli.to_pixels(ddim_sample(m, (5, 1, 8, 8), 4, 0.5, generator=generator))
+    generator = torch.Generator(cli.device_of(m)).manual_seed(3)
+    expected = cli.to_pixels(ddim_sample(m, (5, 1, 8, 8), 4, 0.5, generator=generator)).cpu()
     assert torch.equal(cli.Sampling("ddim", 4, 0.5, seed=3, progress=False).draw(m, 5), expected)
-    generator = torch.Generator().manual_seed(3)
-    expected = cli.to_pixels(ancestral_sample(m, (5, 1, 8, 8), generator=generator, steps=4))
+    generator = torch.Generator(cli.device_of(m)).manual_seed(3)
+    expected = cli.to_pixels(ancestral_sample(m, (5, 1, 8, 8), generator=generator, steps=4)).cpu()
     drawing = cli.Sampling("ancestral", 4, seed=3, progress=False)
     assert torch.equal(drawing.draw(m, 5), expected)
     assert not torch.equal(drawing.draw(m, 5, batch=1), expected)
     assert not torch.equal(drawing.draw(m, 5, batch=1), replace(drawing, seed=4).draw(m, 5))
+
+
+@pytest.fixture
+def lively():
+    "A network as `train` makes it, but with weights that answer; on the CPU."
+    m = cli.Train(cli.Typed(**cli.RECIPES["digits"]), layers=1).model(load_images("digits"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    return m
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_mixed_precision_is_that_of_the_network_and_the_images_are_nearly_the_same(lively, sampler):
+    exact, steps = cli.Sampling(sampler, 8, seed=3, progress=False), []
+    within = []
+    lively.net.conv_in.register_forward_hook(lambda layer, x, out: within.append((x[0].dtype, out.dtype)))
+    expected = exact.draw(lively, 4)
+    rough = replace(exact, precision="bf16").draw(lively, 4, look=lambda k, x: steps.append(x))
+    assert within == 8 * [(torch.float32, torch.float32)] + 8 * [(torch.float32, torch.bfloat16)]
+    assert [x.dtype for x in steps] == 9 * [torch.float32]
+    off = (rough.int() - expected.int()).abs().float()
+    assert not torch.equal(rough, expected) and off.mean() < 3 < expected.float().std()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_layout_in_memory_and_a_compiled_step_change_the_images_by_rounding(lively, monkeypatch):
+    from ddpm_lit import sampler
+
+    plain, graphs = cli.Sampling(steps=5, eta=0.5, progress=False), []
+    expected = plain.draw(lively, 4)
+    step = torch.compile(sampler.one_step, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    monkeypatch.setattr(sampler, "compiled_step", lambda: step)
+    compiled = replace(plain, compile=True).draw(lively, 4)
+    assert len(graphs) == 1
+    beside = replace(plain, channels_last=True).draw(lively, 4)
+    weight = lively.net.mid_block.resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    for drawn in (compiled, beside):
+        assert (drawn.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_precision_that_cannot_be_is_refused(lively, demo, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="^precision must be one of no, bf16, fp16; got 'fp8'"):
+        cli.Sampling(precision="fp8").calls(lively)
+    monkeypatch.setattr(cli, "open_run", lambda run: DDPM.from_pretrained(model_folder(run)))
+    assert "precision must be no or bf16 on a CPU" in refused(capsys, "sample", str(demo), "--precision", "fp16")
+    assert "precision must be no or bf16 on a CPU" in refused(capsys, "evaluate", str(demo), "--precision", "fp16")
 
 
 # An interrupted request. Ten images in batches of 4, 3 steps each: 9 calls of the network.
@@ -230,6 +279,7 @@ def test_images_of_another_request_are_not_mixed_in(asking, tmp_path, capsys):
         "batch_size 4 and not 3": ["--batch-size", "3"],
         "n 10 and not 9": ["-n", "9"],
         "steps 3 and not 4, seed 0 and not 1": ["--seed", "1", "--steps", "4"],
+        "precision no and not bf16": ["--precision", "bf16"],
     }
     for name, form in (("x.npz", None), ("pictures", "png")):
         asking(name, form=form, event=nan, at=7)
@@ -242,6 +292,20 @@ def test_images_of_another_request_are_not_mixed_in(asking, tmp_path, capsys):
             assert f"{folder} holds images drawn with {differs}: delete it" in told and len(told.splitlines()) == 1
             assert content(folder) == before
         assert asking(name, form=form) == (0, 3)
+
+
+def test_a_request_goes_on_faster_but_not_on_another_kind_of_device(asking, tmp_path, capsys):
+    "There the noise of a seed is another. A layout in memory is not a matter of the request, nor is the progress bar."
+    asking("x.npz", event=nan, at=7)
+    record = tmp_path / "x.npz.parts" / "request.json"
+    told, here = record.read_text(), cli.this_process().device.type
+    assert json.loads(told)["device"] == here and not {"compile", "channels_last"} & json.loads(told).keys()
+    record.write_text(told.replace(f'"device": "{here}"', '"device": "abacus"'))
+    capsys.readouterr()
+    assert asking("x.npz") == (2, 0)
+    assert f"holds images drawn with device abacus and not {here}: delete it" in capsys.readouterr().err
+    record.write_text(told)
+    assert asking("x.npz", "--channels-last", quiet=[]) == (0, 3)
 
 
 def test_images_of_another_model_are_not_mixed_in(demo, asking, tmp_path, capsys):
@@ -348,7 +412,8 @@ def test_a_film_shows_the_way_from_the_noise_to_the_grid(asking, tmp_path):
         assert film.info["loop"] == 0
     assert [duration for duration, _ in seen] == [100, 100, 100, 2000], "steps 0, 3, 6 and 7"
     assert np.array_equal(seen[-1][1], grid)
-    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    device = cli.this_process().device
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator(device).manual_seed(0), device=device).cpu()
     save_grid(tmp_path / "noise.png", cli.to_pixels(noise))
     assert np.array_equal(seen[0][1], np.asarray(Image.open(tmp_path / "noise.png")))
 
@@ -488,7 +553,7 @@ def test_evaluate_measures_both_and_shows_what_it_found(tiny, tmp_path, capsys):
     assert samples["frechet_distance_real"] == pytest.approx(real, rel=1e-6) and real < 1
     assert samples["frechet_distance_noise"] > 100
     expected = dict(n=40, seed=0, sampler="ddim", steps=2, eta=0, precision_recall_n=[40, 1797], features=features.name)
-    assert samples == samples | expected and "digits" in samples["data"]
+    assert samples == samples | expected | dict(mixed_precision="no") and "digits" in samples["data"]
 
     for value in (bits["total"], samples["frechet_distance"], samples["precision"]):
         assert f"{value:.4g}" in shown
@@ -593,6 +658,13 @@ def test_one_measurement_keeps_the_other_of_the_same_model(tiny, measuring, tmp_
         (tmp_path / "x.json").write_text(broken)
         assert measuring("x", "--bpd") == (0, 15)
         assert numbers(tmp_path / "x") == bits
+
+
+def test_samples_drawn_faster_are_measured_as_such(measuring, tmp_path):
+    assert measuring("plain", "--fd") == measuring("fast", "--fd", "--precision", "bf16", "--channels-last") == (0, 6)
+    plain, fast = (numbers(tmp_path / name)["samples"] for name in ("plain", "fast"))
+    assert (plain["mixed_precision"], fast["mixed_precision"]) == ("no", "bf16")
+    assert fast["frechet_distance"] == pytest.approx(plain["frechet_distance"], rel=0.1)
 
 
 def test_a_model_without_a_run_is_measured_in_its_own_folder(tiny, tmp_path, counting):
@@ -726,7 +798,7 @@ def test_two_processes_share_a_request_and_an_evaluation(tiny, tmp_path):
     for part in ("bits_per_dim", "samples"):
         assert one[part].keys() == two[part].keys()
         for name in one[part]:
-            words = name in ("features", "sampler", "data")
+            words = name in ("features", "sampler", "mixed_precision", "data")
             assert two[part][name] == (one[part][name] if words else pytest.approx(one[part][name], rel=1e-5)), name
     assert dict(content(tmp_path / "two"))["samples.png"] == dict(content(tmp_path / "one"))["samples.png"]
 
