@@ -9,21 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def take_turns(works: dict[str, Callable], rounds: int, wait: Callable = lambda: None) -> dict[str, list[float]]:
-    """Seconds of each of `works` in `rounds` rounds, after one that does not count.
+def take_turns(
+    works: dict[str, Callable], rounds: int, wait: Callable = lambda: None, warm: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each of `works` in `rounds` rounds, after `warm` that do not count.
 
     In every round all of them run, in turn forwards and backwards, so that whatever else the machine does hits all.
     `wait` is called before the clock is read (on a GPU, it waits for it).
     """
     took = {name: [] for name in works}
-    for turn in range(rounds + 1):
+    for turn in range(warm + rounds):
         for name in list(works)[:: -1 if turn % 2 else 1]:
             wait()
             began = time.perf_counter()
             works[name]()
             wait()
             took[name].append(time.perf_counter() - began)
-    return {name: values[1:] for name, values in took.items()}
+    return {name: values[warm:] for name, values in took.items()}
 
 
 def spread(values: list[float], unit: str, scale: float = 1.0) -> str:

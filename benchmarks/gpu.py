@@ -26,6 +26,7 @@ from statistics import median
 import torch
 from compare import header, line, lines, quiet, spread, take_turns
 from peers import NAMES, PEERS, SHAPES, PlainLoop, fresh
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ddpm_lit.data import Images
@@ -79,8 +80,8 @@ def training() -> None:
 
     Before the clock starts, each has `WARM` steps: what is compiled is compiled in these.
     """
-    others = {f"{name}'s parts": their_step(name, False) for name in NAMES[1:]}
-    others["diffusers' parts, compiled"] = their_step("diffusers", True)
+    others = {f"parts of {name}": their_step(name, False) for name in NAMES[1:]}
+    others["parts of diffusers, compiled"] = their_step("diffusers", True)
     took, done = defaultdict(list), 0
     for step in others.values():
         for _ in range(WARM):
@@ -140,7 +141,7 @@ def their_sampling(name: str, sampler: str, steps: int, x_T) -> Callable:
 
 
 def sampling() -> None:
-    x_T = torch.randn(MANY, *SHAPES[CASE], device=DEVICE)
+    x_T = torch.randn(MANY, *SHAPES[CASE], device=DEVICE).contiguous(memory_format=torch.channels_last)
     for sampler, steps, rounds, paper in (("ddim", 50, 5, None), ("ancestral", 1000, 1, 17)):
         works = {"ddpm_lit": our_sampling(sampler, steps, x_T)}
         works |= {name: their_sampling(name, sampler, steps, x_T) for name in NAMES[1:]}
@@ -166,14 +167,15 @@ def memory() -> None:
             step()
 
     peaks = {"ddpm_lit": [measured(lambda: our_trainer(3).fit())]}
-    peaks |= {f"{name}'s parts": [measured(partial(theirs, name))] for name in NAMES[1:]}
+    peaks |= {f"parts of {name}": [measured(partial(theirs, name))] for name in NAMES[1:]}
     lines(f"peak memory of training, batch {BATCH}, bf16", peaks, lambda values: f"{values[0]:.2f} GiB")
 
 
 def kernels(profiled) -> dict[str, float]:
-    "Microseconds of each kernel of the device (on the CPU: of each operation)."
-    spent = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-    return {event.key: getattr(event, spent) for event in profiled.key_averages() if getattr(event, spent) > 0}
+    "Microseconds of each kernel of the device (on the CPU: of each operation), without what only brackets others."
+    kind, spent = (DeviceType.CUDA, "device") if DEVICE == "cuda" else (DeviceType.CPU, "cpu")
+    events = [event for event in profiled.key_averages() if event.device_type == kind and not event.is_user_annotation]
+    return {event.key: getattr(event, f"self_{spent}_time_total") for event in events}
 
 
 def profiling() -> None:
@@ -181,7 +183,7 @@ def profiling() -> None:
     warm, active = (1, 1) if TRY else (WARM, 10)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")
     trainer = our_trainer(warm + active + 2)
-    with profile(activities=kinds, schedule=schedule(wait=warm, warmup=1, active=active)) as profiled:
+    with profile(activities=kinds, schedule=schedule(wait=warm, warmup=1, active=active, repeat=1)) as profiled:
         trainer.optimizer.register_step_post_hook(lambda *_: profiled.step())
         trainer.fit()
     found = kernels(profiled)

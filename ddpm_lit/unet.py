@@ -248,7 +248,7 @@ def transposed(weight: Float[Tensor, "out c 3 3"]) -> Float[Tensor, "c out 4 4"]
 class Upsample(nn.Module):
     """Every pixel becomes 2×2 (nearest neighbour), then a 3×3 convolution: twice the height and width.
 
-    From 8×8 on the CPU does both at once, which is the same sum with 4 products for 9.
+    On the CPU, from 8×8 on, both are done at once, which is the same sum with 4 products for 9.
     """
 
     def __init__(self, channels: int):

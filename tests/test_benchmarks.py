@@ -73,12 +73,12 @@ def test_the_plain_loop_trains_as_our_trainer_does():
 
 def test_a_race_ends_at_its_goal():
     features = SimpleNamespace(distance=lambda drawn, real: float(len(drawn)))
-    clock, net = race.Clock(load_digits(), features, goal=500, every=2), peers.fresh("ddpm_lit", "digits")
+    clock, net = race.Clock(load_digits(), features, goal=250, every=2, first=2), peers.fresh("ddpm_lit", "digits")
     clock.step(lambda: net)
     assert clock.seconds == 0
     with pytest.raises(race.Reached):
         clock.step(lambda: net)
-    assert clock.steps == 2 and clock.seconds > 0 and clock.distance == 500
+    assert clock.steps == 2 and clock.seconds > 0 and clock.distance == 250
 
 
 @pytest.mark.parametrize("script", ["cpu.py", "gpu.py"])
