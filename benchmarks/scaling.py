@@ -75,7 +75,7 @@ def all_memory() -> int:
     return 1024 * int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0])
 
 
-def rates(net: torch.nn.Module, batch: int, size: int, rounds: int = 3) -> tuple[float, float, int]:
+def rates(net: torch.nn.Module, batch: int, size: int, rounds: int = 2) -> tuple[float, float, int]:
     "Images a second in forward passes and in training, and the peak memory of training."
     x, eps = torch.randn(2, batch, 3, size, size, device=DEVICE)
     t, peer = torch.zeros(batch, dtype=torch.long, device=DEVICE), Peer(net, None)
