@@ -50,7 +50,7 @@ build/peers: .venv/installed
 	mkdir -p build
 	touch $@
 
-bench: build/peers ## time this package beside its peers on the CPU: 10 minutes on two quiet cores; ARGS=network for a part
+bench: build/peers ## time this package beside its peers on the CPU: 8 minutes on two quiet cores; ARGS=book for a part
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 bench-gpu: build/peers ## the same on a GPU, CIFAR-10 at the paper's size: 10 minutes; ARGS=training for a part

@@ -132,6 +132,7 @@ def on_paper(parameters: int) -> None:
 def draw(batches: list[tuple], sizes: list[tuple], steps: list[tuple], limit: float, path: Path) -> None:
     "The figure: three panels in logarithmic scales, and where memory ends."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
     panels = figure.subplots(1, 3)
@@ -145,7 +146,11 @@ def draw(batches: list[tuple], sizes: list[tuple], steps: list[tuple], limit: fl
     panels[0].axvline(limit, color="black", ls=":", label=f"training fills the memory at {limit:,.0f}")
     panels[2].plot(*zip(*steps, strict=True), "o-", color="steelblue", label=f"DDIM, {DRAWN} at once")
     panels[2].set(xscale="log", yscale="log", xlabel="steps of sampling", ylabel="images/s")
-    for ax in panels:
+    for ax, rows in zip(panels, (batches, sizes, steps), strict=True):
+        ax.set_xticks([row[0] for row in rows], [str(row[0]) for row in rows], minor=False)
+        ax.set_xticks([], minor=True)
+        ax.yaxis.set_major_formatter(LogFormatter())
+        ax.yaxis.set_minor_formatter(LogFormatter())
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     figure.savefig(path)
