@@ -94,8 +94,8 @@ def digits() -> None:
 
     images = load_images("digits")
     features = ClassifierFeatures(images)
-    for precision, told in (("float32", {}), ("bf16, channels-last", dict(precision="bf16", channels_last=True))):
-        clocks = {name: [race(name, images, features, GOAL, seed, **told) for seed in SEEDS] for name in NAMES[:2]}
+    for precision, flags in (("float32", {}), ("bf16, channels-last", dict(precision="bf16", channels_last=True))):
+        clocks = {name: [race(name, images, features, GOAL, seed, **flags) for seed in SEEDS] for name in NAMES[:2]}
         work = f"digits, {precision}: training until samples are within a Fréchet distance of {GOAL:g}"
         lines(f"{work}; seeds: {len(SEEDS)}", {name: [clock.seconds for clock in of] for name, of in clocks.items()})
         lines("a step of these", {name: [clock.seconds / clock.steps for clock in of] for name, of in clocks.items()})
