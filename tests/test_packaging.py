@@ -31,7 +31,7 @@ SLOW = {"matplotlib", "sklearn", "accelerate", "PIL", "datasets", "pandas", "dif
 # Of these, nothing may be needed to train and to sample.
 DEVELOPMENT = {
     *("nbdev", "fastcore", "execnb", "ghapi", "jupytext", "nbstripout", "nbconvert", "nbformat", "hypothesis"),
-    *("beartype", "diffusers", "build", "jupyterlab", "ipykernel", "IPython", "nbval", "pytest", "mlxtend", "pandas"),
+    *("beartype", "diffusers", "build", "jupyterlab", "ipykernel", "IPython", "nbval", "pytest", "xdist", "mlxtend", "pandas"),
 }
 
 

@@ -20,9 +20,10 @@ def blocks(language: str) -> list[str]:
 
 
 def recipe(target: str) -> list[str]:
-    "The commands of a target of the Makefile, with its own names for the environment's programs taken out."
-    (body,) = re.findall(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.M)
-    return [line.strip().replace("$(BIN)/python -m ", "").replace("$(BIN)/", "") for line in body.splitlines()]
+    "The commands of a target of the Makefile, with its own names for programs and for how to run tests taken out."
+    (body,) = re.findall(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)
+    own = re.compile(r"\$\(BIN\)/python -m |\$\(BIN\)/|\$\(SIDE_BY_SIDE\) ")
+    return [own.sub("", line.strip()) for line in body.splitlines()]
 
 
 def test_the_ten_lines_run_as_written(tmp_path):
