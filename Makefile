@@ -40,6 +40,7 @@ export: install ## write ddpm_lit/ from the cells of nbs/ that are marked `#| ex
 notebooks: export ## run the chapters again and store what they show; NB=nbs/02_forward.ipynb for one
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False $(NB)
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --coalesce-streams --inplace $(NB)  # after it has run, not before
 	$(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.language_info cell.metadata.lines_to_next_cell" $(NB)
 	$(BIN)/nbdev_export  # once more: an export names its cells, and normalising numbers them
 

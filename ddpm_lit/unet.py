@@ -78,7 +78,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Float[Tensor, "b c ..."]) -> Float[Tensor, "b c ..."]:
-        narrow, small = self.num_channels < 16 * self.num_groups, x.shape[2:].numel() < 32 * 32
+        narrow, small = self.num_channels < 16 * self.num_groups, x.ndim == 4 and x.shape[2:].numel() < 32 * 32
         if x.is_contiguous() or x.device.type != "cpu" or not (narrow and small) or torch.compiler.is_compiling():
             return super().forward(x)
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)

@@ -55,6 +55,9 @@ def faults(path: Path) -> list[str]:
             wanted = "raises-exception" in tags(cell)
             rule(output.output_type != "error" or wanted, f"ends in an error: {head}")
             rule(output.get("name") != "stderr", f"writes to stderr: {head}")
+        names = [output.get("name") for output in cell.outputs]
+        torn = any(name and name == after for name, after in zip(names, names[1:], strict=False))
+        rule(not torn, f"stores one stream in pieces, which differ from run to run: {head}")
         rule(not MACHINE.search(said(cell)), f"shows a path of the machine it ran on: {head}")
         rule(not re.search(r"\bnbdev_export\(", cell.source), f"exports itself: {head}")
         rule(set(cell.metadata) <= {"tags", "lines_to_next_cell"}, f"has metadata {', '.join(cell.metadata)}: {head}")
@@ -111,6 +114,7 @@ BREAKS = {
     "not from the top": lambda nb: nb.cells[4].update(execution_count=3),
     "ends in an error": lambda nb: nb.cells[4].outputs.append(error()),
     "writes to stderr": lambda nb: nb.cells[4].outputs[0].update(name="stderr"),
+    "in pieces": lambda nb: nb.cells[4].outputs.append(told("2\n")),
     "path of the machine": lambda nb: nb.cells[4].outputs.append(told("saved in /home/someone/x")),
     "exports itself": lambda nb: nb.cells[4].update(source="import nbdev; nbdev.nbdev_export()"),
     "has metadata execution": lambda nb: nb.cells[4].metadata.update(execution={"iopub": "2026"}),

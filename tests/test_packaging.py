@@ -30,8 +30,9 @@ CHAPTERS = [path.stem for path in SOURCES if path.stem[0] != "_"]
 SLOW = {"matplotlib", "sklearn", "accelerate", "PIL", "datasets", "pandas", "diffusers", "scipy"}
 # Of these, nothing may be needed to train and to sample.
 DEVELOPMENT = {
-    *("nbdev", "fastcore", "execnb", "ghapi", "jupytext", "nbstripout", "nbconvert", "nbformat", "hypothesis"),
-    *("beartype", "diffusers", "build", "jupyterlab", "ipykernel", "IPython", "nbval", "pytest", "xdist", "mlxtend", "pandas"),
+    *("nbdev", "fastcore", "execnb", "ghapi", "jupytext", "nbstripout", "nbconvert", "nbformat"),
+    *("hypothesis", "beartype", "diffusers", "build", "jupyterlab", "ipykernel", "IPython", "nbval", "pytest", "xdist"),
+    *("mlxtend", "pandas"),
 }
 
 

@@ -13,6 +13,7 @@ from ddpm_lit.unet import (
     TRAINING,
     Attention,
     Dropout,
+    GroupNorm,
     ResidualBlock,
     UNet,
     Upsample,
@@ -452,3 +453,11 @@ def test_the_network_compiles_without_a_graph_break(name, mode):
         assert compiled(*given).shape == x.shape
         net.eval()  # compiled, dropout draws other numbers
         torch.testing.assert_close(compiled(*given), net(*given), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 9), (2, 16, 4, 6), (2, 16, 32, 32), (2, 16, 2, 3, 4)])
+def test_group_norm_takes_any_layout_in_memory(shape):
+    x = torch.randn(*shape[:1], *shape[2:], shape[1], generator=rng(0)).movedim(-1, 1)  # channels side by side
+    norm = GroupNorm(8, 16)
+    assert not x.is_contiguous()
+    torch.testing.assert_close(norm(x), nn.functional.group_norm(x.contiguous(), 8, norm.weight, norm.bias))
