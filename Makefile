@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint export notebooks ablation bench bench-gpu clean
+.PHONY: help install demo test lint export notebooks ablation mutants bench bench-gpu clean
 
 help: ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -48,6 +48,9 @@ ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table o
 	mkdir -p build
 	$(BIN)/jupytext --quiet --to py:percent --output build/ablation.py nbs/21_ablation.ipynb
 	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
+
+mutants: install ## change one symbol of an exported cell at a time, and list the changes that nobody notices: half an hour
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 # The peers come without what they require: torchvision, which one of them names, does not import beside a CPU torch.
 build/peers: .venv/installed

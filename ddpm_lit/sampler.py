@@ -193,7 +193,7 @@ def ancestral_plan(s: Schedule, variance: str = "beta_tilde", steps: int | None 
     columns = (times, *posterior_weights(s), deviation, stretch)
     return Plan(*(None if column is None else column.flip(0) for column in columns))
 
-# %% ../nbs/11_sampling.ipynb #29
+# %% ../nbs/11_sampling.ipynb #31
 def start(m: DDPM, shape: Sequence[int], x_T: Tensor | None, generator: torch.Generator | None) -> Float[Tensor, "..."]:
     "`x_T` on the device of `m`, or standard normal numbers of `shape`; `ValueError` where `x_T` is shaped otherwise."
     if x_T is None:
@@ -238,7 +238,7 @@ def follow(
         done.append(x)
     return torch.cat(done)
 
-# %% ../nbs/11_sampling.ipynb #30
+# %% ../nbs/11_sampling.ipynb #32
 def ancestral_sample(
     m: DDPM,
     shape: Sequence[int],
@@ -266,7 +266,7 @@ def ancestral_sample(
     told = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
     return follow(m, plan, x, generator, **told)
 
-# %% ../nbs/11_sampling.ipynb #48
+# %% ../nbs/11_sampling.ipynb #50
 def between(alpha_bar_s, alpha_bar_t, eta: float = 1.0):
     """The weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), for s < t, and its deviation.
 
@@ -287,7 +287,7 @@ def ddim_plan(s: Schedule, steps: int = 50, eta: float = 0.0, spacing: str = "li
     alpha_bar_s = torch.cat([alpha_bar_t[1:], torch.ones_like(alpha_bar_t[:1])])
     return Plan(times, *between(alpha_bar_s, alpha_bar_t, eta))
 
-# %% ../nbs/11_sampling.ipynb #52
+# %% ../nbs/11_sampling.ipynb #54
 def ddim_sample(
     m: DDPM,
     shape: Sequence[int],
@@ -314,7 +314,7 @@ def ddim_sample(
     told = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
     return follow(m, plan, x, generator, **told)
 
-# %% ../nbs/11_sampling.ipynb #61
+# %% ../nbs/11_sampling.ipynb #63
 @torch.inference_mode()
 def ddim_invert(
     m: DDPM, x0: Float[Tensor, "b ..."], steps: int = 50, passes: int = 1, *, spacing: str = "linear"

@@ -1,0 +1,182 @@
+"""Which wrong formulas would nobody notice? Change one symbol of an exported cell at a time, and see.
+
+    python tests/mutants.py 01_gaussian 02_forward       # or `make mutants ARGS="01_gaussian 02_forward"`
+
+Every changed chapter is run as a program. Where it prints what it always prints, the change goes into a copy of the
+library, and the tests that import the module run there. What is left is printed: each line is either no change at all
+(`<` for `<=` where nothing is equal), or a check that is missing. Not a test itself: it takes minutes, hours for
+chapters that train.
+"""
+
+import ast
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["00_checks", "01_gaussian", "02_forward", "03_posterior", "04_reverse", "05_bound", "06_objective"]
+OPERATORS = {
+    **{ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*")},
+    **{ast.Pow: ("**", "*"), ast.Mod: ("%", "*"), ast.And: ("and", "or"), ast.Or: ("or", "and")},
+    **{ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">")},
+    **{ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is")},
+    **{ast.In: ("in", "not in"), ast.NotIn: ("not in", "in")},
+}
+NAMES = dict(
+    **dict(sqrt="square", square="sqrt", log="log1p", log1p="log", exp="expm1", expm1="exp", cumprod="cumsum"),
+    **dict(min="max", max="min", mean="sum", sum="mean", abs="neg", beta="alpha", alpha="beta"),
+    **dict(alpha_bar="alpha_bar_prev", alpha_bar_prev="alpha_bar"),
+)
+
+
+class Change(NamedTuple):
+    "One symbol of a cell: where it is, and what stands there instead."
+
+    cell: int
+    start: int
+    end: int
+    new: str
+
+    def of(self, source: str) -> str:
+        return source[: self.start] + self.new + source[self.end :]
+
+    def shown(self, source: str) -> str:
+        "The line with the change marked in it."
+        before, after = source[: self.start].rsplit("\n", 1)[-1].lstrip(), source[self.end :].split("\n", 1)[0]
+        return f"{before}[{source[self.start : self.end]} → {self.new}]{after}"
+
+
+def symbols(tree: ast.AST, source: str):
+    "Every symbol that can be changed, as (start, end, what stands there instead)."
+    lines = [0]
+    for line in source.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line.encode()))
+
+    def place(line: int, column: int) -> int:
+        return len(source.encode()[: lines[line - 1] + column].decode())
+
+    def ends(node: ast.AST) -> tuple[int, int]:
+        return place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
+
+    for node in ast.walk(tree):
+        match node:
+            case ast.BinOp(left=a, right=b, op=op) | ast.BoolOp(values=[a, b, *_], op=op) | ast.Compare(
+                left=a, comparators=[b, *_], ops=[op, *_]
+            ):
+                old, new = OPERATORS.get(type(op), ("@", "@"))
+                start = source.find(old, ends(a)[1], ends(b)[0])
+                if old != new and start >= 0:
+                    yield start, start + len(old), new
+            case ast.UnaryOp(op=ast.USub()):
+                yield ends(node)[0], ends(node)[0] + 1, "+"
+            case ast.UnaryOp(op=ast.Not()):
+                yield ends(node)[0], ends(node)[0] + 3, ""
+            case ast.Constant(value=bool(value)):
+                yield *ends(node), str(not value)
+            case ast.Constant(value=int(value)):
+                yield *ends(node), str(value + 1)
+            case ast.Constant(value=float(value)):
+                yield *ends(node), repr(1.5 * value or 0.1)
+            case ast.Attribute(attr=name) if name in NAMES:
+                yield ends(node)[1] - len(name), ends(node)[1], NAMES[name]
+
+
+def without_words(tree: ast.AST) -> ast.AST:
+    "The same without annotations, imports, f-strings and what is raised: there is no formula in them."
+    for node in ast.walk(tree):
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns"):
+                setattr(node, field, None)
+            if isinstance(value, list):
+                value[:] = [v for v in value if not isinstance(v, ast.Raise | ast.ImportFrom | ast.JoinedStr)]
+    return tree
+
+
+def changes(cells: list[str]) -> list[Change]:
+    "All changes of the exported cells that still are programs."
+    found = []
+    for i, source in enumerate(cells):
+        if re.search(r"^#\|\s*exporti?\b", source, re.M):
+            for start, end, new in sorted(set(symbols(without_words(ast.parse(source)), source))):
+                change = Change(i, start, end, new)
+                with contextlib.suppress(SyntaxError):
+                    compile(change.of(source), "cell", "exec")
+                    found.append(change)
+    return found
+
+
+def said(cells: list[str], seconds: int = 0) -> tuple[str | None, float]:
+    "What a chapter prints; None where it ends in an error, or goes on for more than so many seconds. Its seconds, too."
+
+    def late(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    begun = time.monotonic()
+    os.chdir(ROOT / "nbs")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+            exec(compile("\n".join(cells), "chapter", "exec"), {"__name__": "__main__"})
+    except BaseException:
+        return None, time.monotonic() - begun
+    return out.getvalue(), time.monotonic() - begun
+
+
+def seen_by_tests(chapter: str, cells: list[str]) -> bool:
+    "Whether one of the tests that import the chapter's module fails for it."
+    (module,) = re.findall(r"#\|\s*default_exp\s+(\w+)", "\n".join(cells))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "book")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "demo", "*.egg-info"))
+        path = copy / "nbs" / f"{chapter}.ipynb"
+        nb = nbformat.read(path, 4)
+        for cell, source in zip((c for c in nb.cells if c.cell_type == "code"), cells, strict=True):
+            cell.source = source
+        nbformat.write(nb, path)
+        subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=copy, check=True, capture_output=True)
+        tests = [p for p in (copy / "tests").glob("test_*.py") if f"ddpm_lit.{module} import" in p.read_text("utf-8")]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        return bool(tests) and subprocess.run(command, cwd=copy, capture_output=True).returncode != 0
+
+
+def main(*chapters: str) -> None:
+    "Print, for each chapter, the changes that nobody noticed; then a table."
+    os.environ |= dict(OMP_NUM_THREADS="1", MPLBACKEND="agg")  # before torch is imported; one process to a core
+    import sympy  # noqa: F401 (once, not again in every process)
+    import torch  # noqa: F401
+
+    table = []
+    for chapter in chapters or QUICK:
+        nb = nbformat.read(ROOT / "nbs" / f"{chapter}.ipynb", 4)
+        cells = [cell.source for cell in nb.cells if cell.cell_type == "code"]
+        todo = changes(cells)
+        with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
+            (printed, seconds), (again, _) = pool.map(said, [cells, cells], chunksize=1)
+            assert printed is not None and printed == again, f"{chapter} does not run as it is, or prints other things"
+            changed = [[*cells[: c.cell], c.of(cells[c.cell]), *cells[c.cell + 1 :]] for c in todo]
+            jobs = [pool.apply_async(said, [new, 10 + int(4 * seconds)]) for new in changed]
+            passed = [i for i, job in enumerate(jobs) if job.get()[0] == printed]
+            jobs = {i: pool.apply_async(seen_by_tests, [chapter, changed[i]]) for i in passed}
+            left = [i for i, job in jobs.items() if not job.get()]
+        for i in left:
+            print(f"{chapter}: {todo[i].shown(cells[todo[i].cell])}", flush=True)
+        table.append((chapter, len(todo), len(todo) - len(passed), len(passed) - len(left), len(left)))
+    for row in [("chapter", "changes", "seen by it", "by tests", "by none"), *table]:
+        print("{:<16}{:>10}{:>12}{:>10}{:>10}".format(*row))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
