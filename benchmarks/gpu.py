@@ -24,7 +24,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from compare import header, line, lines, quiet, spread, take_turns
+from compare import header, line, lines, quiet, spread, take_turns, wait
 from peers import NAMES, PEERS, SHAPES, PlainLoop, fresh
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -42,11 +42,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GFLOP, PEAK = 36.3, float(os.environ.get("PEAK_TFLOPS", "989"))
 WARM, STEPS, ROUNDS = (2, 2, 2) if TRY else (40, 40, 9)  # steps before the clock starts, in a round, and rounds
 PRODUCTS = re.compile("conv|gemm|matmul|cutlass|cudnn|xmma|wgrad|dgrad|flash|fmha|::mm|bmm|nvjet", re.IGNORECASE)
-
-
-def wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def autocast():
@@ -145,7 +140,7 @@ def sampling() -> None:
     for sampler, steps, rounds, paper in (("ddim", 50, 5, None), ("ancestral", 1000, 1, 17)):
         works = {"ddpm_lit": our_sampling(sampler, steps, x_T)}
         works |= {name: their_sampling(name, sampler, steps, x_T) for name in NAMES[1:]}
-        took = take_turns(works, rounds, wait)
+        took = take_turns(works, rounds)
         lines(f"{MANY} × {CASE}, {sampler}, {steps} steps, bf16; our loop compiled", took)
         if paper:
             line("the same", "the paper, 8 TPU cores", f"{paper} s", f"{median(took['ddpm_lit']) / paper:.2f}")

@@ -46,11 +46,6 @@ def autocast():
     return torch.autocast("cuda", torch.bfloat16) if CUDA else contextlib.nullcontext()
 
 
-def wait() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 class Peak:
     "Most memory in use within a `with`: of the GPU's allocator, or this process's resident set (Linux), in bytes."
 
@@ -81,7 +76,7 @@ def rates(net: torch.nn.Module, batch: int, size: int, rounds: int = 2) -> tuple
     t, peer = torch.zeros(batch, dtype=torch.long, device=DEVICE), Peer(net, None)
     works = {"forward": peer.forward(x, t, autocast), "training": peer.training(x, t, eps, autocast)}
     with Peak() as peak:
-        took = take_turns(works, rounds, wait)
+        took = take_turns(works, rounds)
     return batch / median(took["forward"]), batch / median(took["training"]), peak.bytes
 
 
@@ -111,7 +106,7 @@ def sampling() -> list[tuple[int, float]]:
     head(f"steps of DDIM, {DRAWN} × {name} at once", "images/s")
     for steps in STEPS:
         with autocast():
-            took = take_turns({"": partial(sample, x_T, "ddim", steps)}, 1 if steps > 100 else 3, wait)[""]
+            took = take_turns({"": partial(sample, x_T, "ddim", steps)}, 1 if steps > 100 else 3)[""]
         found.append((steps, DRAWN / median(took)))
         print(f"| {steps} | {found[-1][1]:.3g} |", flush=True)
     return found

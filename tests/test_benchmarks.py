@@ -28,7 +28,8 @@ def test_works_take_turns_and_the_first_round_does_not_count(monkeypatch):
     order, clock = [], iter(range(100))
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
     works = {name: lambda name=name: order.append(name) for name in "abc"}
-    took = compare.take_turns(works, 2, lambda: order.append("wait"))
+    monkeypatch.setattr(compare, "wait", lambda: order.append("wait"))
+    took = compare.take_turns(works, 2)
     assert [name for name in order if name != "wait"] == list("abccbaabc") and order.count("wait") == 18
     assert took == {name: [1, 1] for name in "abc"}
 
