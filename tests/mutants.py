@@ -3,9 +3,8 @@
     python tests/mutants.py 01_gaussian 02_forward       # or `make mutants ARGS="01_gaussian 02_forward"`
 
 Every changed chapter is run as a program. Where it prints what it always prints, the change goes into a copy of the
-library, and the tests that import the module run there. What is left is printed: each line is either no change at all
-(`<` for `<=` where nothing is equal), or a check that is missing. Not a test itself: it takes minutes, hours for
-chapters that train.
+library, and tests run there. What is left is printed: each line is either no change at all (`<` for `<=` where nothing
+is equal), or a check that is missing. Not a test itself: it takes minutes, and hours for chapters that train.
 """
 
 import ast
@@ -27,6 +26,7 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["00_checks", "01_gaussian", "02_forward", "03_posterior", "04_reverse", "05_bound", "06_objective"]
+GENERAL = ("properties", "diffusers_scheduler")
 OPERATORS = {
     **{ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*")},
     **{ast.Pow: ("**", "*"), ast.Mod: ("%", "*"), ast.And: ("and", "or"), ast.Or: ("or", "and")},
@@ -95,13 +95,14 @@ def symbols(tree: ast.AST, source: str):
 
 def without_words(tree: ast.AST) -> ast.AST:
     "The same without annotations, imports, f-strings and what is raised: there is no formula in them."
-    for node in ast.walk(tree):
-        for field, value in ast.iter_fields(node):
-            if field in ("annotation", "returns"):
+
+    class Formulas(ast.NodeTransformer):
+        def visit(self, node):
+            for field in {"annotation", "returns"} & set(node._fields):
                 setattr(node, field, None)
-            if isinstance(value, list):
-                value[:] = [v for v in value if not isinstance(v, ast.Raise | ast.ImportFrom | ast.JoinedStr)]
-    return tree
+            return None if isinstance(node, ast.Raise | ast.ImportFrom | ast.JoinedStr) else self.generic_visit(node)
+
+    return Formulas().visit(tree)
 
 
 def changes(cells: list[str]) -> list[Change]:
@@ -136,7 +137,7 @@ def said(cells: list[str], seconds: int = 0) -> tuple[str | None, float]:
 
 
 def seen_by_tests(chapter: str, cells: list[str]) -> bool:
-    "Whether one of the tests that import the chapter's module fails for it."
+    "Whether one of the `GENERAL` tests fails for it, or one of those named for the chapter's module."
     (module,) = re.findall(r"#\|\s*default_exp\s+(\w+)", "\n".join(cells))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "book")
@@ -147,9 +148,9 @@ def seen_by_tests(chapter: str, cells: list[str]) -> bool:
             cell.source = source
         nbformat.write(nb, path)
         subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=copy, check=True, capture_output=True)
-        tests = [p for p in (copy / "tests").glob("test_*.py") if f"ddpm_lit.{module} import" in p.read_text("utf-8")]
+        tests = [p for p in (copy / "tests" / f"test_{name}.py" for name in (module, *GENERAL)) if p.exists()]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        return bool(tests) and subprocess.run(command, cwd=copy, capture_output=True).returncode != 0
+        return subprocess.run(command, cwd=copy, capture_output=True).returncode != 0
 
 
 def main(*chapters: str) -> None:

@@ -31,6 +31,7 @@ from ddpm_lit import (
     simple_loss,
     v_from_x0,
     vlb_terms,
+    vlb_weight,
     x0_from_eps,
     x0_from_mean,
     x0_from_v,
@@ -172,6 +173,22 @@ def test_the_tables_of_a_schedule(values):
         close(s.alpha_bar[t], running)
     assert (s.alpha_bar.diff() < 0).all() and 0 < s.alpha_bar[-1] and s.alpha_bar[0] < 1 and s.alpha_bar_prev[0] == 1
     assert {x.dtype for x in (s.beta, s.alpha, s.alpha_bar, s.alpha_bar_prev)} == {torch.float64}
+
+
+def test_a_schedule_does_not_change_and_is_one_of_its_kind():
+    s = linear_schedule(10)
+    with pytest.raises(AttributeError):
+        s.beta = s.alpha
+    assert s == s and s != linear_schedule(10) and len({s, linear_schedule(10)}) == 2
+    assert repr(s) == "Schedule(T=10, beta=0.0001 … 0.02)"
+
+
+@pytest.mark.parametrize("device, where", [("meta", "meta"), ("mps", "cpu")])  # MPS has no float64
+def test_a_schedule_moves_where_float64_lives(device, where):
+    s = linear_schedule(10)
+    moved = s.to(device)
+    assert {x.device.type for x in (moved.beta, moved.alpha, moved.alpha_bar, moved.alpha_bar_prev)} == {where}
+    assert s.beta.device.type == "cpu"
 
 
 @many
@@ -431,3 +448,8 @@ def test_other_words_for_a_model_are_refused(words):
     ((name, value),) = words.items()
     with pytest.raises(ValueError, match=f"{name} must be one of .*; got '{value}'"):
         DDPM(None, linear_schedule(10), **words)
+
+
+def test_a_learned_variance_has_no_weight():
+    with pytest.raises(ValueError, match="variance must be one of beta, beta_tilde; got 'learned'"):
+        vlb_weight(linear_schedule(10), variance="learned")
