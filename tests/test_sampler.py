@@ -1,5 +1,6 @@
 """The samplers, step by step against diffusers' schedulers and against Algorithm 2 written out."""
 
+import inspect
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from ddpm_lit.forward import linear_schedule
 from ddpm_lit.sampler import (
     ancestral_plan,
     ancestral_sample,
+    between,
     ddim_invert,
     ddim_plan,
     ddim_sample,
@@ -234,6 +236,13 @@ def test_quadratic_times_are_distinct_rise_end_with_the_last_and_are_dense_at_th
     assert ddim_plan(linear_schedule(), 10, 0.0, "quadratic").t.flip(0).tolist()[:3] == [9, 39, 89]
 
 
+def test_inversion_clips_nothing():
+    m = exact_ddpm(MixtureData([1.0], [[3.0]], 4.0), linear_schedule())
+    x0 = torch.linspace(-3, 9, 7, dtype=torch.float64)[:, None]  # images would end at -1 and 1
+    back = ddim_sample(m, x0.shape, 100, x_T=ddim_invert(m, x0, 100, passes=30), clip=False)
+    torch.testing.assert_close(back, x0, atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
 @pytest.mark.parametrize("spacing", ["linear", "quadratic"])
 def test_inversion_and_sampling_return_the_image(predicts, spacing):
@@ -265,6 +274,32 @@ def test_a_large_request_is_drawn_in_batches():
     wide = DDPM(lambda x, t: sizes.append(len(x)) or 0 * x, linear_schedule())
     ddim_sample(wide, (5, 3, 512, 512), 1)
     assert sizes == [1] * 5, "without batch_size: so many that they have 2^20 numbers"
+    sizes.clear()
+    ddim_sample(wide, (5, 1, 512, 1024), 1)
+    assert sizes == [2, 2, 1]
+
+
+def test_progress_is_shown_where_asked_and_names_the_batch(capsys):
+    m, shape = DDPM(lambda x, t: 0 * x, linear_schedule()), (5, 1, 2, 2)
+    for sample in (ancestral_sample, ddim_sample):
+        sample(m, shape, steps=2)
+        assert capsys.readouterr().err == ""
+        sample(m, shape, steps=2, progress=True, batch_size=2)
+        shown = capsys.readouterr().err
+        assert all(f"sampling {i} of 3" in shown for i in (1, 2, 3)) and "sampling 0" not in shown
+        sample(m, shape, steps=2, progress=True)
+        shown = capsys.readouterr().err
+        assert "sampling:" in shown and "2/2" in shown
+
+
+def test_what_is_not_said_is_what_the_docstrings_say():
+    taken = {f: {k: p.default for k, p in inspect.signature(f).parameters.items()} for f in (ddim_sample, ddim_invert)}
+    assert taken[ddim_sample].items() >= dict(steps=50, eta=0.0, spacing="linear", clip=None, compile=False).items()
+    assert taken[ddim_invert].items() >= dict(steps=50, passes=1, spacing="linear").items()
+    s = linear_schedule()
+    assert all(torch.equal(a, b) for a, b in zip(ddim_plan(s)[:4], ddim_plan(s, 50, 0.0, "linear")[:4], strict=True))
+    ends = s.alpha_bar[399], s.alpha_bar[799]
+    assert between(*ends) == between(*ends, 1.0) != between(*ends, 0.0)
 
 
 @pytest.mark.parametrize(
