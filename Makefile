@@ -49,7 +49,7 @@ ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table o
 	$(BIN)/jupytext --quiet --to py:percent --output build/ablation.py nbs/21_ablation.ipynb
 	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
 
-mutants: install ## change one symbol of an exported cell at a time, and list the changes that nobody notices: half an hour
+mutants: install ## change one symbol of an exported cell at a time, and list the changes that nobody notices: ten minutes
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 # The peers come without what they require: torchvision, which one of them names, does not import beside a CPU torch.

@@ -159,6 +159,15 @@ def test_a_certain_prior_is_not_moved(mean, y, scale, noise_var):
     same_law(bayes(certain, y, scale, 0.0, noise_var), certain, rtol=0, atol=0)
 
 
+def test_draws_need_no_generator_and_go_where_the_law_is():
+    torch.manual_seed(0)
+    first = Gaussian(torch.zeros(3, 1), torch.ones(4)).sample()
+    torch.manual_seed(0)
+    assert first.shape == (3, 4) and torch.equal(first, torch.randn(3, 4))
+    far = Gaussian(torch.zeros(3, device="meta"), torch.ones(3, device="meta"))
+    assert far.sample().device.type == far.sample(torch.Generator()).device.type == "meta"
+
+
 # ---------------------------------------------------------------------------------------------- schedules
 
 
