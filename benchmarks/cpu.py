@@ -140,7 +140,7 @@ def imports() -> None:
 
 
 def book() -> None:
-    "As `make test` runs it; checked, so that a book that fails has no time."
+    "One chapter after the other, as a reader runs it; checked, so that a book that fails has no time."
     root, began, calm = Path(__file__).parents[1], time.perf_counter(), os.environ | dict(OMP_WAIT_POLICY="PASSIVE")
     words = [sys.executable, "-m", "pytest", "--nbval", "nbs/"]
     subprocess.run(words, cwd=root, env=calm, check=True, capture_output=True)

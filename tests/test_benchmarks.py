@@ -86,7 +86,8 @@ def test_a_race_ends_at_its_goal():
 
 def test_unknown_parts_are_refused_by_name():
     "With or without a GPU; and every part of the README's list is one of the script's."
-    assert all(f"{part}" in (FOLDER / "README.md").read_text(encoding="utf-8") for part in (*cpu.PARTS, *gpu.PARTS))
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(part in readme for part in (*cpu.PARTS, *gpu.PARTS))
     done = subprocess.run([sys.executable, FOLDER / "gpu.py", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 1 and "parts must be among" in done.stderr and "nonsense" in done.stderr
     assert "Traceback" not in done.stderr
