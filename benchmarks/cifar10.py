@@ -23,18 +23,21 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from compare import header, line, processor
+from compare import line, processor, read_header
 from diffusers import DDPMPipeline
 from peers import PlainLoop
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lit.data import Images, load_images, save_grid, to_network, to_pixels
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.evaluate import Statistics, evaluate_bpd, statistics_of
+from ddpm_lit.evaluation import evaluate_bpd
+from ddpm_lit.files import model_folder
+from ddpm_lit.images import Images, save_grid, to_network, to_pixels
+from ddpm_lit.loading import load_images
+from ddpm_lit.metrics import image_statistics
 from ddpm_lit.sampler import ancestral_sample
-from ddpm_lit.trainer import TrainConfig, model_folder
-from ddpm_lit.unet import TRAINING
+from ddpm_lit.trainer import TrainConfig
+from ddpm_lit.unet import PRESETS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -93,7 +96,7 @@ def ours(asked: Train, folder: Path) -> None:
 def theirs(asked: Train, folder: Path) -> None:
     "diffusers' parts, with bf16 autocast and the paper's settings; the pipeline is written, and all that goes on."
     small, state = asked.settings.small, folder / "state.pt"
-    case = TRAINING["cifar10"] | (dict(batch_size=4, steps=100_000) if small else dict(precision="bf16"))
+    case = PRESETS["cifar10"].training | (dict(batch_size=4, steps=100_000) if small else dict(precision="bf16"))
     c, began = TrainConfig(**case, channels_last=True), time.perf_counter()
     loop = PlainLoop("diffusers", "cifar10", asked.settings.images("train"), c, device=DEVICE)
     parts = dict(net=loop.net, adam=loop.adam, average=loop.average)
@@ -178,7 +181,7 @@ class ConvolutionFeatures:
         return self.net(to_network(pixels.to(DEVICE)))
 
 
-def measured(folder: Path, features: ConvolutionFeatures, real: Statistics, test: Images, c: "Score") -> None:
+def measured(folder: Path, features: ConvolutionFeatures, real: FeatureStatistics, test: Images, c: "Score") -> None:
     "Draw from the model in `folder`, and print the lines about it."
     m, who = DDPM.from_pretrained(model_folder(folder)).to(DEVICE), folder.name
     m.net.to(memory_format=torch.channels_last)
@@ -191,7 +194,7 @@ def measured(folder: Path, features: ConvolutionFeatures, real: Statistics, test
     save_grid(folder.with_suffix(".png"), pixels[:100], columns=10)
     bits = evaluate_bpd(m, test, c.test_images, generator=torch.Generator().manual_seed(0), calls=min(100, m.s.T))
     line("minutes of training", who, f"{json.loads((folder / 'minutes.json').read_text()):.1f}")
-    distance = statistics_of(features, Images(pixels)).distance(real)
+    distance = image_statistics(features, Images(pixels)).distance(real)
     line(f"Fréchet distance of {c.samples} samples of {c.steps} steps", who, f"{distance:.3g}")
     line(f"bits/dim of {c.test_images} test images", who, f"{bits.total:.3f} ± {2 * bits.error:.3f}")
 
@@ -213,10 +216,10 @@ class Score:
         train, test = self.settings.images("train"), self.settings.images("test")
         out.mkdir(parents=True, exist_ok=True)
         features = ConvolutionFeatures(train, test, out / f"classifier{'-try' if small else ''}.pt", **told)
-        real = statistics_of(features, train)
-        header(f"{processor() if DEVICE == 'cpu' else torch.cuda.get_device_name()}; {features.name}")
+        real = image_statistics(features, train)
+        read_header(f"{processor() if DEVICE == 'cpu' else torch.cuda.get_device_name()}; {features.name}")
         line("accuracy of the classifier on the test set", "", f"{features.accuracy:.1%}")
-        distance = statistics_of(features, Images(test.pixels[: self.samples])).distance(real)
+        distance = image_statistics(features, Images(test.pixels[: self.samples])).distance(real)
         line(f"Fréchet distance of {self.samples} test images", "real", f"{distance:.3g}")
         for folder in (out / "ddpm_lit", out / "diffusers"):
             if folder.exists():

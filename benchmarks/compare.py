@@ -44,7 +44,7 @@ def seconds(values: list[float]) -> str:
     return spread(values, "s") if statistics.median(values) >= 0.1 else spread(values, "ms", 1000)
 
 
-def header(machine: str) -> None:
+def read_header(machine: str) -> None:
     "Print what was measured on, and the head of the table."
     print(f"{machine}\n\n| work | whose | median (range) | ours / theirs |\n| --- | --- | --- | --- |", flush=True)
 

@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from compare import header, line, lines, processor, quiet, spread, take_turns
+from compare import line, lines, processor, quiet, read_header, spread, take_turns
+from ddpm_lit.images import to_network
 from peers import NAMES, PEERS, SHAPES
 
-from ddpm_lit.data import load_images, to_network
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
+from ddpm_lit.loading import load_images
 
 BATCH = 8
 PRECISIONS = {
@@ -164,7 +165,7 @@ if __name__ == "__main__":
     if unknown:
         sys.exit(f"parts must be among {', '.join(PARTS)}; got {', '.join(unknown)}")
     began = time.perf_counter()
-    header(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {processor()}")
+    read_header(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {processor()}")
     for part in sys.argv[1:] or list(PARTS)[:-1]:
         PARTS[part]()
     print(f"\n{time.perf_counter() - began:.0f} s in all")

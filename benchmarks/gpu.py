@@ -24,17 +24,17 @@ from functools import partial
 from statistics import median
 
 import torch
-from compare import header, line, lines, quiet, spread, take_turns, wait
+from compare import line, lines, quiet, read_header, spread, take_turns, wait
 from peers import NAMES, PEERS, SHAPES, PlainLoop, fresh
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from ddpm_lit.data import Images
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
+from ddpm_lit.images import Images
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
 from ddpm_lit.trainer import TrainConfig, Trainer
-from ddpm_lit.unet import TRAINING
+from ddpm_lit.unet import PRESETS
 
 TRY = "--try" in sys.argv
 CASE, BATCH, MANY = ("digits", 8, 4) if TRY else ("cifar10", 128, 256)
@@ -57,7 +57,7 @@ def images() -> Images:
 
 def config(steps: int) -> TrainConfig:
     "The settings of the preset, with the flags for a GPU."
-    recipe = TRAINING[CASE] | dict(steps=steps, batch_size=BATCH, progress=False, track="none")
+    recipe = PRESETS[CASE].training | dict(steps=steps, batch_size=BATCH, progress=False, track="none")
     return TrainConfig(**recipe, precision="bf16", channels_last=True, compile=True)
 
 
@@ -199,7 +199,7 @@ if __name__ == "__main__":
         sys.exit(f"parts must be among {', '.join(PARTS)}; got {', '.join(asked)}")
     if DEVICE == "cpu" and not TRY:
         sys.exit("bench-gpu: there is no GPU here. `make bench` measures on the CPU; --try only tries this script out")
-    header(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}")
+    read_header(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}")
     with contextlib.suppress(KeyboardInterrupt):
         for part in asked or PARTS:
             PARTS[part]()

@@ -13,14 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from ddpm_lit.images import Images
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_lit.data import ImageBatches, Images
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
+from ddpm_lit.loading import ImageBatches
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
 from ddpm_lit.trainer import TrainConfig
 from ddpm_lit.unet import UNet

@@ -12,14 +12,15 @@ import torch
 from peers import BETAS, SHAPES, PlainLoop, fresh
 from torch import nn
 
-from ddpm_lit.data import Images, to_pixels
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.evaluate import ClassifierFeatures
+from ddpm_lit.forward import scaled_linear_schedule
+from ddpm_lit.images import Images, to_pixels
+from ddpm_lit.metrics import ClassifierFeatures
 from ddpm_lit.sampler import ddim_sample
 from ddpm_lit.trainer import TrainConfig, Trainer
-from ddpm_lit.unet import TRAINING, beta_schedule
+from ddpm_lit.unet import PRESETS
 
-SCHEDULE = beta_schedule("scaled_linear", 1000, *BETAS.values())
+SCHEDULE = scaled_linear_schedule(1000, *BETAS.values())
 
 
 class Reached(Exception):
@@ -55,7 +56,7 @@ class Clock:
 
 def race(name: str, images: Images, features: ClassifierFeatures, goal: float, seed: int, **settings) -> Clock:
     "The clock of a training with the parts of `name` that has reached the goal, or all its steps."
-    config = TrainConfig(**TRAINING["digits"] | dict(seed=seed, progress=False) | settings)
+    config = TrainConfig(**PRESETS["digits"].training | dict(seed=seed, progress=False) | settings)
     if name == "ddpm_lit":
         trainer = Trainer(DDPM(fresh(name, "digits", seed), SCHEDULE), images, config)
     else:

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 @cache
 def _homes() -> dict[str, str]:
-    "The module of each public name, from the `__all__` of every chapter, which is read without importing it."
+    "Return the module of each public name, from the `__all__` of every chapter, which is read without importing it."
     import ast
     from pathlib import Path
 
@@ -21,8 +21,12 @@ def _homes() -> dict[str, str]:
 
 
 def __getattr__(name: str):
+    if name == "__all__":
+        return sorted(_homes())
     if name.startswith("__") or name not in _homes():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from ddpm_lit._renamed import explain
+
+        raise explain(name)
     return globals().setdefault(name, getattr(import_module(_homes()[name]), name))
 
 

@@ -17,11 +17,11 @@ import gpu  # noqa: E402
 import peers  # noqa: E402
 import race  # noqa: E402
 import scaling  # noqa: E402
+from ddpm_lit.sources import load_digits
 
-from ddpm_lit.data import load_digits  # noqa: E402
-from ddpm_lit.ddpm import DDPM  # noqa: E402
-from ddpm_lit.objective import simple_loss  # noqa: E402
-from ddpm_lit.trainer import TrainConfig, Trainer  # noqa: E402
+from ddpm_lit.ddpm import DDPM
+from ddpm_lit.objective import simple_loss
+from ddpm_lit.trainer import TrainConfig, Trainer
 
 
 def test_works_take_turns_and_the_first_round_does_not_count(monkeypatch):

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 
 from ddpm_lit import cli
-from ddpm_lit.data import Images, load_images, save_grid
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.evaluate import ClassifierFeatures, Statistics, evaluate_bpd, inception_score, precision_recall
+from ddpm_lit.evaluation import evaluate_bpd
+from ddpm_lit.files import Checkpoints, model_folder
+from ddpm_lit.images import Images, save_grid
+from ddpm_lit.loading import load_images
+from ddpm_lit.metrics import ClassifierFeatures, FeatureStatistics, inception_score, precision_recall
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
-from ddpm_lit.trainer import Checkpoints, model_folder
 
 QUIET = ["--no-progress"]
 
@@ -92,13 +94,13 @@ def test_sample_writes_a_grid_into_a_new_folder(demo, tmp_path):
 
 
 def test_one_batch_is_drawn_by_the_sampler_with_the_seed_itself(demo):
-    m = cli.open_run(demo)
-    generator = torch.Generator(cli.device_of(m)).manual_seed(3)
-    expected = cli.to_pixels(ddim_sample(m, (5, 1, 8, 8), 4, 0.5, generator=generator)).cpu()
-    assert torch.equal(cli.Sampling("ddim", 4, 0.5, seed=3, progress=False).draw(m, 5), expected)
-    generator = torch.Generator(cli.device_of(m)).manual_seed(3)
-    expected = cli.to_pixels(ancestral_sample(m, (5, 1, 8, 8), generator=generator, steps=4)).cpu()
-    drawing = cli.Sampling("ancestral", 4, seed=3, progress=False)
+    m = sampler.load_run(demo)
+    generator = torch.Generator(sampler.device_of(m)).manual_seed(3)
+    expected = images.to_pixels(ddim_sample(m, (5, 1, 8, 8), 4, 0.5, generator=generator)).cpu()
+    assert torch.equal(sampler.Sampling("ddim", 4, 0.5, seed=3, progress=False).draw(m, 5), expected)
+    generator = torch.Generator(sampler.device_of(m)).manual_seed(3)
+    expected = images.to_pixels(ancestral_sample(m, (5, 1, 8, 8), generator=generator, steps=4)).cpu()
+    drawing = sampler.Sampling("ancestral", 4, seed=3, progress=False)
     assert torch.equal(drawing.draw(m, 5), expected)
     assert not torch.equal(drawing.draw(m, 5, batch=1), expected)
     assert not torch.equal(drawing.draw(m, 5, batch=1), replace(drawing, seed=4).draw(m, 5))
@@ -107,7 +109,7 @@ def test_one_batch_is_drawn_by_the_sampler_with_the_seed_itself(demo):
 @pytest.fixture
 def lively():
     "A network as `train` makes it, but with weights that answer; on the CPU."
-    m = cli.Train(cli.Typed(**cli.RECIPES["digits"]), layers=1).model(load_images("digits"))
+    m = cli.Train(cli.UncheckedTrainConfig(**cli.RECIPES["digits"]), layers=1).model(load_images("digits"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in m.parameters():
@@ -117,7 +119,7 @@ def lively():
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_mixed_precision_is_that_of_the_network_and_the_images_are_nearly_the_same(lively, sampler):
-    exact, steps = cli.Sampling(sampler, 8, seed=3, progress=False), []
+    exact, steps = sampler.Sampling(sampler, 8, seed=3, progress=False), []
     within = []
     lively.net.conv_in.register_forward_hook(lambda layer, x, out: within.append((x[0].dtype, out.dtype)))
     expected = exact.draw(lively, 4)
@@ -132,7 +134,7 @@ def test_mixed_precision_is_that_of_the_network_and_the_images_are_nearly_the_sa
 def test_a_layout_in_memory_and_a_compiled_step_change_the_images_by_rounding(lively, monkeypatch):
     from ddpm_lit import sampler
 
-    plain, graphs = cli.Sampling(steps=5, eta=0.5, progress=False), []
+    plain, graphs = sampler.Sampling(steps=5, eta=0.5, progress=False), []
     expected = plain.draw(lively, 4)
     step = torch.compile(sampler.one_step, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
     monkeypatch.setattr(sampler, "compiled_step", lambda: step)
@@ -147,7 +149,7 @@ def test_a_layout_in_memory_and_a_compiled_step_change_the_images_by_rounding(li
 
 def test_a_precision_that_cannot_be_is_refused(lively, demo, monkeypatch, capsys):
     with pytest.raises(ValueError, match="^precision must be one of no, bf16, fp16; got 'fp8'"):
-        cli.Sampling(precision="fp8").calls(lively)
+        sampler.Sampling(precision="fp8").calls(lively)
     monkeypatch.setattr(cli, "open_run", lambda run: DDPM.from_pretrained(model_folder(run)))
     assert "precision must be no or bf16 on a CPU" in refused(capsys, "sample", str(demo), "--precision", "fp16")
     assert "precision must be no or bf16 on a CPU" in refused(capsys, "evaluate", str(demo), "--precision", "fp16")
@@ -156,13 +158,13 @@ def test_a_precision_that_cannot_be_is_refused(lively, demo, monkeypatch, capsys
 # An interrupted request. Ten images in batches of 4, 3 steps each: 9 calls of the network.
 
 TEN = ["-n", "10", "--batch-size", "4", "--steps", "3"]
-FORMS = {"npz": "ten.npz", "grid": "ten.png", "png": "ten"}
+OUTPUT_FORMATS = {"npz": "ten.npz", "grid": "ten.png", "png": "ten"}
 
 
 @pytest.fixture
 def counting(monkeypatch):
     "A function that runs a command; it returns the exit code and how often the network was called."
-    whole = cli.open_run
+    whole = sampler.load_run
 
     def count(*words, event=None, at=None):
         calls = 0
@@ -173,7 +175,7 @@ def counting(monkeypatch):
             return event(out) if calls == at else out
 
         def opened(folder):
-            m = whole(folder)
+            m = atomic_write(folder)
             m.net.register_forward_hook(called)
             return m
 
@@ -212,26 +214,26 @@ def content(path):
     return [(file.name if path.is_dir() else "", file.read_bytes()) for file in files]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", OUTPUT_FORMATS)
 def test_what_is_drawn_is_kept_and_never_drawn_again(form, asking, tmp_path, capsys):
-    undisturbed, out = tmp_path / "undisturbed", tmp_path / FORMS[form]
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / OUTPUT_FORMATS[form]
     undisturbed.mkdir()
-    assert asking(undisturbed / FORMS[form], form=form) == (0, 9)
-    parts = out if form == "png" else tmp_path / f"{FORMS[form]}.parts"
+    assert asking(undisturbed / OUTPUT_FORMATS[form], form=form) == (0, 9)
+    parts = out if form == "png" else tmp_path / f"{OUTPUT_FORMATS[form]}.parts"
 
-    assert asking(FORMS[form], form=form, event=nan, at=7) == (2, 9)
+    assert asking(OUTPUT_FORMATS[form], form=form, event=nan, at=7) == (2, 9)
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1 and "not finite" in told
     assert f"8 of 10 images are kept in {parts}; the same command goes on there" in told
     assert len(list(parts.glob("*.png" if form == "png" else "*.npy"))) == (8 if form == "png" else 2)
     assert form == "png" or not out.exists()
 
-    assert asking(FORMS[form], form=form, event=fail_with(KeyboardInterrupt()), at=2) == (130, 2)
+    assert asking(OUTPUT_FORMATS[form], form=form, event=fail_with(KeyboardInterrupt()), at=2) == (130, 2)
     told = capsys.readouterr().err
     assert told.startswith("ddpm_lit: interrupted; 8 of 10 images are kept") and len(told.splitlines()) == 1
 
-    assert asking(FORMS[form], form=form) == (0, 3)
-    assert content(out) == content(undisturbed / FORMS[form])
+    assert asking(OUTPUT_FORMATS[form], form=form) == (0, 3)
+    assert content(out) == content(undisturbed / OUTPUT_FORMATS[form])
     assert form == "png" or not parts.exists()
 
 
@@ -298,7 +300,7 @@ def test_a_request_goes_on_faster_but_not_on_another_kind_of_device(asking, tmp_
     "There the noise of a seed is another. A layout in memory is not a matter of the request, nor is the progress bar."
     asking("x.npz", event=nan, at=7)
     record = tmp_path / "x.npz.parts" / "request.json"
-    told, here = record.read_text(), cli.this_process().device.type
+    told, here = record.read_text(), processes.this_process().device.type
     assert json.loads(told)["device"] == here and not {"compile", "channels_last"} & json.loads(told).keys()
     record.write_text(told.replace(f'"device": "{here}"', '"device": "abacus"'))
     capsys.readouterr()
@@ -347,16 +349,16 @@ def test_a_larger_n_goes_on(asking, tmp_path):
     assert content(tmp_path / "more") == content(tmp_path / "once")
     asking("x.npz", event=nan, at=7)
     assert asking("x.npz", "-n", "13") == (0, 6)
-    few = cli.DrawnParts(tmp_path / "parts", dict(n=10, batch_size=4))
+    few = files.CachedSamples(tmp_path / "parts", dict(n=10, batch_size=4))
     few.keep(2, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    assert few.missing() == [0, 1] and cli.DrawnParts(few.folder, dict(n=11, batch_size=4)).missing() == [0, 1, 2]
+    assert few.missing() == [0, 1] and files.CachedSamples(few.folder, dict(n=11, batch_size=4)).missing() == [0, 1, 2]
     images = [np.asarray(Image.open(tmp_path / "once" / f"{k:05d}.png")) for k in range(13)]
     assert torch.equal(load_images(tmp_path / "x.npz").pixels[:, 0], torch.from_numpy(np.stack(images)))
 
 
 def test_pictures_in_colour_are_the_images(tmp_path):
     pixels = torch.randint(256, (3, 3, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pictures = cli.Pictures(tmp_path / "new", dict(n=3, batch_size=3))
+    pictures = files.CachedPictures(tmp_path / "new", dict(n=3, batch_size=3))
     pictures.keep(0, pixels)
     for k in range(3):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / f"{k:05d}.png")), pixels[k].permute(1, 2, 0))
@@ -378,11 +380,11 @@ def test_a_killed_process_loses_only_the_batch_that_it_was_drawing(demo, asking,
 
 
 def test_joining_needs_the_memory_of_few_parts(tmp_path):
-    parts = cli.DrawnParts(tmp_path / "parts", dict(n=20, batch_size=1))
+    parts = files.CachedSamples(tmp_path / "parts", dict(n=20, batch_size=1))
     for i in range(20):
         parts.keep(i, torch.full((1, 1, 1000, 1000), i, dtype=torch.uint8))
     tracemalloc.start()
-    cli.save_npz(tmp_path / "x.npz", parts)
+    files.save_npz(tmp_path / "x.npz", parts)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 5e6, "of 20 million bytes"
@@ -412,9 +414,9 @@ def test_a_film_shows_the_way_from_the_noise_to_the_grid(asking, tmp_path):
         assert film.info["loop"] == 0
     assert [duration for duration, _ in seen] == [100, 100, 100, 2000], "steps 0, 3, 6 and 7"
     assert np.array_equal(seen[-1][1], grid)
-    device = cli.this_process().device
+    device = processes.this_process().device
     noise = torch.randn(4, 1, 8, 8, generator=torch.Generator(device).manual_seed(0), device=device).cpu()
-    save_grid(tmp_path / "noise.png", cli.to_pixels(noise))
+    save_grid(tmp_path / "noise.png", images.to_pixels(noise))
     assert np.array_equal(seen[0][1], np.asarray(Image.open(tmp_path / "noise.png")))
 
     strip = np.asarray(Image.open(tmp_path / "way.png"))
@@ -450,7 +452,7 @@ def test_train_trains_what_it_is_told(tmp_path):
     assert cli.main(["train", *words]) == 0
     m = DDPM.from_pretrained(tmp_path / "run" / "model")
     assert (m.s.T, m.predicts, m.variance) == (20, "v", "beta") and m.s.beta[-1] == pytest.approx(0.3)
-    assert cli.image_shape(m) == (3, 4, 6)
+    assert sampler.image_shape(m) == (3, 4, 6)
     told = json.loads((model_folder(tmp_path / "run") / "training.json").read_text())
     assert told["config"]["lr"] == 1e-5 and told["config"]["batch_size"] == 4 and told["step"] == 2
     drawn = str(tmp_path / "s.npz")
@@ -698,8 +700,8 @@ def test_statistics_of_the_real_images_are_kept_and_used(measuring, tmp_path, ca
     digits, other = load_images("digits"), tmp_path / "other.npz"
     np.savez(other, images=digits.pixels[:1500, 0].numpy(), labels=digits.labels[:1500].numpy())
     named, short, text = (tmp_path / f"{name}.npz" for name in ("inception", "short", "text"))
-    Statistics(torch.zeros(32).double(), torch.eye(32).double(), 100, "inception-2015-12-05").save(named)
-    Statistics(torch.zeros(5).double(), torch.eye(5).double()).save(short)
+    FeatureStatistics(torch.zeros(32).double(), torch.eye(32).double(), 100, "inception-2015-12-05").save(named)
+    FeatureStatistics(torch.zeros(5).double(), torch.eye(5).double()).save(short)
     text.write_text("no statistics")
     for path, said, words in (
         (reference, "reference must hold statistics of 'classifier", ["--data", other]),  # other images, other features
@@ -763,11 +765,11 @@ def test_features_of_a_network_need_no_labels_no_memory_and_with_statistics_no_i
 def test_images_are_taken_from_all_over_a_data_set(pictures):
     images = load_images(pictures, memory=0)
     which = torch.tensor([7, 0])
-    assert torch.equal(cli.selected(images, which).read([0, 1]), images.read([7, 0]))
+    assert torch.equal(loading.select_images(images, which).read([0, 1]), images.read([7, 0]))
     inside = load_images(pictures)
-    assert torch.equal(cli.selected(inside, which).pixels, inside.pixels[which])
-    assert cli.selected(inside, which).labels.tolist() == [1, 0]
-    assert cli.data_digest(images) == cli.data_digest(load_images(pictures, memory=0)) != cli.data_digest(inside)
+    assert torch.equal(loading.select_images(inside, which).pixels, inside.pixels[which])
+    assert loading.select_images(inside, which).labels.tolist() == [1, 0]
+    assert loading.data_digest(images) == loading.data_digest(load_images(pictures, memory=0)) != loading.data_digest(inside)
 
 
 def test_a_learned_variance_is_trained_drawn_and_measured(tmp_path, counting):
@@ -776,7 +778,7 @@ def test_a_learned_variance_is_trained_drawn_and_measured(tmp_path, counting):
     words += ["--beta-T", 0.5, "--layers", 1, "--track", "none", "--out", run, *QUIET]
     assert counting("train", *words)[0] == 0
     m = DDPM.from_pretrained(model_folder(run))
-    assert m.variance == "learned" and m.net.config["out_channels"] == 2 and cli.image_shape(m) == (1, 8, 8)
+    assert m.variance == "learned" and m.net.config["out_channels"] == 2 and sampler.image_shape(m) == (1, 8, 8)
     assert counting("sample", run, "-n", 2, "--sampler", "ancestral", "--out", tmp_path / "a.npz", *QUIET) == (0, 5)
     assert load_images(tmp_path / "a.npz").pixels.shape == (2, 1, 8, 8)
     assert counting("evaluate", run, "-n", 4, "--steps", 2, *QUIET) == (0, 7)
@@ -870,7 +872,7 @@ def test_what_cannot_be_measured_is_refused_before_the_network_is_asked(
 )
 def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.Trainer, "fit", lambda self: pytest.fail("training began"))
+    monkeypatch.setattr(trainer.Trainer, "fit", lambda self: pytest.fail("training began"))
     assert said in refused(capsys, *words)
 
 
@@ -942,7 +944,7 @@ def test_an_interrupt_ends_with_one_line_and_130(capsys, monkeypatch, tmp_path):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Trainer, "fit", interrupt)
+    monkeypatch.setattr(trainer.Trainer, "fit", interrupt)
     assert cli.main(["demo", "--out", str(tmp_path / "d"), *QUIET]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "ddpm_lit: interrupted"
 
@@ -951,7 +953,7 @@ def test_a_run_that_breaks_ends_with_one_line_and_1(capsys, monkeypatch, tmp_pat
     def burst(self):
         raise FloatingPointError("the loss is nan in step 3: try an lr below 1")
 
-    monkeypatch.setattr(cli.Trainer, "fit", burst)
+    monkeypatch.setattr(trainer.Trainer, "fit", burst)
     assert cli.main(["demo", "--out", str(tmp_path / "d"), *QUIET]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "ddpm_lit: the loss is nan in step 3: try an lr below 1"
 

@@ -10,10 +10,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from ddpm_lit.images import Images, image_grid, save_grid, show, to_network, to_pixels
 from PIL import Image
 
 from ddpm_lit import data
-from ddpm_lit.data import ImageBatches, Images, image_grid, load_images, save_grid, show, to_network, to_pixels
+from ddpm_lit.loading import ImageBatches, load_images
 
 
 def numbered(n=10, c=1, h=2, w=3) -> Images:
@@ -358,16 +359,16 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_every_kind_of_picture_comes_out_as_it_was_meant(mode):
     file, wanted, atol = MODES[mode]
-    found = data.decoded(file)
+    found = sources.decode_image(file)
     assert found.dtype == np.uint8 and found.shape == np.shape(wanted)
     assert np.abs(found.astype(float) - np.asarray(wanted)).max() <= atol
-    assert data.header(file) == (1 if found.ndim == 2 else 3, (5, 4))
+    assert sources.read_header(file) == (1 if found.ndim == 2 else 3, (5, 4))
 
 
 @pytest.mark.parametrize("values", [W.astype(np.float32), W.astype(np.int32) - 1, W.astype(np.int32) + 1])
 def test_numbers_of_which_nobody_knows_what_is_white_are_refused(values):
     with pytest.raises(ValueError, match="beyond 16 bits"):
-        data.decoded(file_of(Image.fromarray(values), "TIFF"))
+        sources.decode_image(file_of(Image.fromarray(values), "TIFF"))
 
 
 UPRIGHT = {
@@ -385,11 +386,11 @@ def test_pictures_are_turned_upright(orientation, format):
     stored = np.kron(C, np.ones((16, 16, 1), np.uint8))  # blocks, which JPEG keeps
     options = dict(lossless=True) if format == "WEBP" else dict(quality=98, subsampling=0) if format == "JPEG" else {}
     file, wanted = file_of(Image.fromarray(stored), format, exif=exif, **options), UPRIGHT[orientation](stored)
-    found = data.decoded(file)
-    assert data.header(file) == (3, found.shape[:2]) and found.shape == wanted.shape
+    found = sources.decode_image(file)
+    assert sources.read_header(file) == (3, found.shape[:2]) and found.shape == wanted.shape
     assert np.abs(found.astype(int) - wanted).max() <= (12 if format == "JPEG" else 0)
     deep = file_of(Image.fromarray(W), exif=exif)
-    assert np.array_equal(data.decoded(deep), UPRIGHT[orientation](WIDE))
+    assert np.array_equal(sources.decode_image(deep), UPRIGHT[orientation](WIDE))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -397,10 +398,10 @@ def test_pictures_are_turned_upright(orientation, format):
 def test_a_file_that_is_cut_short_is_refused_or_whole(format):
     noise = np.random.default_rng(6).integers(256, size=(24, 24, 3), dtype=np.uint8)
     content = file_of(Image.fromarray(noise), format).getvalue()
-    whole, refused = data.decoded(io.BytesIO(content)), 0
+    whole, refused = sources.decode_image(io.BytesIO(content)), 0
     for length in np.random.default_rng(7).integers(len(content), size=60):
         try:
-            found = data.decoded(io.BytesIO(content[:length]))
+            found = sources.decode_image(io.BytesIO(content[:length]))
         except Exception:
             refused += 1
         else:
@@ -412,24 +413,24 @@ def test_only_formats_that_hold_nothing_but_a_picture_are_opened():
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     assert Image.open(io.BytesIO(program)).format == "EPS"  # which Pillow gives to Ghostscript to run
     with pytest.raises(Image.UnidentifiedImageError):
-        data.decoded(io.BytesIO(program))
+        sources.decode_image(io.BytesIO(program))
 
 
 def test_size_takes_the_largest_part_at_the_centre():
     step = np.kron(C, np.ones((4, 4, 1), np.uint8))  # 20×16
-    assert np.array_equal(data.decoded(file_of(Image.fromarray(step)), size=(20, 16)), step)
-    assert np.array_equal(data.decoded(file_of(Image.fromarray(step)), size=(16, 16)), step[2:18])
-    assert np.array_equal(data.decoded(file_of(Image.fromarray(step)), size=(20, 10)), step[:, 3:13])
+    assert np.array_equal(sources.decode_image(file_of(Image.fromarray(step)), size=(20, 16)), step)
+    assert np.array_equal(sources.decode_image(file_of(Image.fromarray(step)), size=(16, 16)), step[2:18])
+    assert np.array_equal(sources.decode_image(file_of(Image.fromarray(step)), size=(20, 10)), step[:, 3:13])
     half = Image.fromarray(step).resize((8, 8), Image.Resampling.LANCZOS, box=(0, 2, 16, 18))
-    assert np.array_equal(data.decoded(file_of(Image.fromarray(step)), size=(8, 8)), np.asarray(half))
-    grey = data.decoded(file_of(Image.fromarray(step[..., 0])), size=(8, 6))
+    assert np.array_equal(sources.decode_image(file_of(Image.fromarray(step)), size=(8, 8)), np.asarray(half))
+    grey = sources.decode_image(file_of(Image.fromarray(step[..., 0])), size=(8, 6))
     assert grey.shape == (8, 6)
 
 
 def test_transparent_pixels_do_not_bleed_into_the_border_when_resized():
     layers = np.zeros((32, 32, 4), np.uint8)
     layers[:, :15] = 255, 0, 0, 255
-    small = data.decoded(file_of(Image.fromarray(layers)), size=(8, 8))
+    small = sources.decode_image(file_of(Image.fromarray(layers)), size=(8, 8))
     assert (small[..., 0] == 255).all() and (small[:, :2, 1] < 30).all() and (small[:, 6:] > 225).all()
 
 
@@ -568,10 +569,10 @@ def test_broken_files_are_left_out_and_named_in_one_warning(torn):
     assert "as/04.png (" in message and "bs/03.png (" in message and message.endswith("; left out")
     assert caught[0].filename == __file__
     assert len(images) == 17 and images.labels.tolist() == [0] * 9 + [1] * 8
-    shelf = data.image_folder(torn, "train")
+    shelf = sources.image_folder(torn, "train")
     sound = [i for i in range(20) if shelf.title(i) not in ("as/04.png", "bs/03.png", "bs/05.png")]
     for i, pixels in zip(sound, images.pixels, strict=True):
-        assert np.array_equal(data.decoded(shelf.open(i)), pixels[0])
+        assert np.array_equal(sources.decode_image(shelf.open(i)), pixels[0])
     with pytest.warns(UserWarning, match="3 images"):
         assert len(load_images(torn, max_broken=3)) == 17
     with pytest.raises(ValueError, match="torn: 3 images cannot be used: .*that is more than max_broken=2"):
@@ -610,7 +611,7 @@ def test_where_all_is_broken_there_is_nothing_to_return(tmp_path):
 def test_a_broken_file_met_while_reading_is_replaced_by_the_next_sound_one(torn):
     with pytest.warns(UserWarning, match="1 image cannot be used: bs/05.png"):
         stored = load_images(torn, memory=0)
-    assert isinstance(stored, data.StoredImages) and len(stored) == 19
+    assert isinstance(stored, loading.StoredImages) and len(stored) == 19
     at = stored.shelf.names.index
     with pytest.warns(UserWarning) as caught:
         found = stored.read([at("as/04.png"), at("as/06.png"), at("bs/03.png"), at("bs/07.png")])
@@ -660,7 +661,7 @@ def encoded(arrays):
     return [{"bytes": file_of(Image.fromarray(array)).getvalue(), "path": None} for array in arrays]
 
 
-def table(hf, arrays=FASHION, column="image", label="label", names=("boot", "hat", "shoe")):
+def format_table(hf, arrays=FASHION, column="image", label="label", names=("boot", "hat", "shoe")):
     marks = [i % 3 for i in range(len(arrays))]
     kind = hf.ClassLabel(names=list(names)) if names else hf.Value("int32")
     features = hf.Features({"id": hf.Value("string"), column: hf.Image(), label: kind})
@@ -670,15 +671,15 @@ def table(hf, arrays=FASHION, column="image", label="label", names=("boot", "hat
 @pytest.mark.parametrize("stream, memory", [(False, None), (False, 0), (True, None)])
 @pytest.mark.parametrize("column, label", [("image", "label"), ("img", "fine_label"), ("photo", "kind")])
 def test_a_parquet_file_in_the_hubs_schema(hf, tmp_path, column, label, stream, memory):
-    table(hf, column=column, label=label).to_parquet(tmp_path / "fashion.parquet")
+    format_table(hf, column=column, label=label).to_parquet(tmp_path / "fashion.parquet")
     images = load_images(tmp_path / "fashion.parquet", stream=stream, memory=memory)
-    assert isinstance(images, data.StoredImages if memory == 0 else Images)
+    assert isinstance(images, loading.StoredImages if memory == 0 else Images)
     assert np.array_equal(images.read(range(7))[:, 0], FASHION)
     assert (images.labels.tolist(), images.classes) == ([0, 1, 2, 0, 1, 2, 0], ("boot", "hat", "shoe"))
     assert images.name == "fashion" and len(images) == 7 and images.shape == (1, 6, 5)
     small = load_images(tmp_path / "fashion.parquet", size=3, n=4, stream=stream, memory=memory)
     assert len(small) == 4 and small.shape == (1, 3, 3) and small.labels.tolist() == [0, 1, 2, 0]
-    assert np.array_equal(small.read([3])[0, 0], data.resized(FASHION[3], (3, 3)))
+    assert np.array_equal(small.read([3])[0, 0], sources.crop_and_resize(FASHION[3], (3, 3)))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -704,7 +705,7 @@ def test_parquet_files_that_others_wrote(hf, tmp_path, stream):
 
 
 def test_a_folder_of_parquet_files_is_read_in_order_and_by_split(hf, tmp_path):
-    whole = table(hf)
+    whole = format_table(hf)
     for k, name in enumerate(("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         whole.select(range(3 * k, 3 * k + 3)).to_parquet(tmp_path / name)
@@ -737,13 +738,13 @@ def test_a_folder_of_parquet_files_is_read_in_order_and_by_split(hf, tmp_path):
     ],
 )
 def test_what_names_say_of_splits(path, split):
-    assert data.split_of(path) == split
+    assert sources.split_of(path) == split
 
 
 def test_rows_that_the_survey_did_not_see(hf, tmp_path):
     arrays = [level(i % 256, 3, 3) for i in range(1200)]
     arrays[601] = np.stack([level(10, 3, 3), level(20, 3, 3), level(30, 3, 3)], -1)
-    table(hf, arrays).to_parquet(tmp_path / "a.parquet")
+    format_table(hf, arrays).to_parquet(tmp_path / "a.parquet")
     images = load_images(tmp_path / "a.parquet")
     assert images.shape == (3, 3, 3) and images.pixels[601, :, 0, 0].tolist() == [10, 20, 30]
     assert images.pixels[600].unique().tolist() == [600 % 256] and images.pixels[602].unique().tolist() == [602 % 256]
@@ -751,7 +752,7 @@ def test_rows_that_the_survey_did_not_see(hf, tmp_path):
     with pytest.warns(UserWarning, match=r"row 601: is in colour, others are grey; replaced by .* \(1 of at most 12"):
         assert stored.read([601]).unique().tolist() == [602 % 256]
     arrays[601] = level(1, 4, 3)
-    table(hf, arrays).to_parquet(tmp_path / "b.parquet")
+    format_table(hf, arrays).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="b: row 601 is 4×3, those before it 3×3; size"):
         load_images(tmp_path / "b.parquet")
     stored = load_images(tmp_path / "b.parquet", memory=0)
@@ -778,7 +779,7 @@ def test_broken_rows_are_left_out(hf, tmp_path, stream):
 
 
 def test_an_empty_table_is_refused(hf, tmp_path):
-    table(hf, FASHION[:0]).to_parquet(tmp_path / "a.parquet")
+    format_table(hf, FASHION[:0]).to_parquet(tmp_path / "a.parquet")
     for stream in (False, True):
         with pytest.raises(ValueError, match="a.parquet' cannot be read|a holds no image that can be read"):
             load_images(tmp_path / "a.parquet", stream=stream)
@@ -832,7 +833,7 @@ def test_names_on_the_hub(hf, monkeypatch, source, wanted):
 
     def load_dataset(*args, **options):
         calls.append((args, options))
-        return table(hf)
+        return format_table(hf)
 
     monkeypatch.setattr(hf, "load_dataset", load_dataset)
     images = load_images(source, split="test[:7]")
@@ -868,7 +869,7 @@ def test_where_datasets_is_missing_the_line_to_install_it_is_given(monkeypatch, 
 
 def test_what_does_not_fit_into_memory_stays_on_the_shelf_and_is_the_same(zoo, monkeypatch):
     held, stored = load_images(zoo, memory=9 * 30), load_images(zoo, memory=9 * 30 - 1)
-    assert isinstance(held, Images) and isinstance(stored, data.StoredImages)
+    assert isinstance(held, Images) and isinstance(stored, loading.StoredImages)
     assert torch.equal(stored.read(range(9)), held.pixels) and torch.equal(stored.labels, held.labels)
     assert torch.equal(stored.read(torch.tensor([8, 0, 8])), held.read(torch.tensor([8, 0, 8])))
     for name in ("shape", "classes", "name"):
@@ -877,14 +878,14 @@ def test_what_does_not_fit_into_memory_stays_on_the_shelf_and_is_the_same(zoo, m
     monkeypatch.setattr(data, "free_memory", lambda: 2 * 9 * 30)
     assert isinstance(load_images(zoo), Images)
     monkeypatch.setattr(data, "free_memory", lambda: 2 * 9 * 30 - 1)
-    assert isinstance(load_images(zoo), data.StoredImages)
+    assert isinstance(load_images(zoo), loading.StoredImages)
 
 
 def test_free_memory_is_shared_among_the_processes_of_a_machine(monkeypatch):
-    whole = data.free_memory()
+    whole = processes.free_memory()
     assert 2**20 < whole < 2**50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert 0.5 < data.free_memory() * 8 / whole < 2
+    assert 0.5 < processes.free_memory() * 8 / whole < 2
 
 
 # ---------------------------------------------------------------------------------------------- batches, both ways
@@ -957,7 +958,7 @@ def test_from_the_shelf_the_batches_are_the_same(zoo):
 
 
 def test_rows_are_read_by_workers_too(hf, tmp_path):
-    table(hf).to_parquet(tmp_path / "a.parquet")
+    format_table(hf).to_parquet(tmp_path / "a.parquet")
     stored = load_images(tmp_path / "a.parquet", memory=0)
     a, b = ImageBatches(Images(torch.from_numpy(FASHION[:, None])), 3), ImageBatches(stored, 3, workers=2)
     assert all(torch.equal(x, y) for x, y in zip(taken(a, 7), taken(b, 7), strict=True))
@@ -978,7 +979,7 @@ def test_what_workers_find_broken_is_told_here_and_too_much_of_it_ends_the_run(t
 
 
 def test_stored_images_reach_a_worker_that_starts_from_nothing(zoo, hf, tmp_path):
-    table(hf).to_parquet(tmp_path / "a.parquet")
+    format_table(hf).to_parquet(tmp_path / "a.parquet")
     for source in (zoo, tmp_path / "a.parquet"):
         stored = load_images(source, memory=0)
         again = pickle.loads(pickle.dumps(stored))  # as it goes to a worker under spawn
@@ -1000,12 +1001,12 @@ def test_a_gpu_takes_what_leaves_half_of_its_free_memory(zoo, monkeypatch):
     total = digits.pixels.numel()
     for free, fits in ((2 * total, True), (2 * total - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
-        assert data.residence(digits, gpu, None)[0] == fits
-        assert data.residence(digits, gpu, True)[0] and not data.residence(digits, gpu, False)[0]
+        assert loading.choose_residence(digits, gpu, None)[0] == fits
+        assert loading.choose_residence(digits, gpu, True)[0] and not loading.choose_residence(digits, gpu, False)[0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**5, 10**12))
-    assert data.residence(digits, gpu, None)[1] == "0.1 MB are more than half of the 0.1 MB free on cuda:0"
+    assert loading.choose_residence(digits, gpu, None)[1] == "0.1 MB are more than half of the 0.1 MB free on cuda:0"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**9, 10**12))
-    assert not data.residence(load_images(zoo, memory=0), gpu, None)[0]
+    assert not loading.choose_residence(load_images(zoo, memory=0), gpu, None)[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -16,28 +16,24 @@ from scipy.stats import norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_lit.bound import vlb_terms
-from ddpm_lit.data import Images, load_images, to_network, to_pixels
 from ddpm_lit.ddpm import DDPM, PREDICTS, VARIANCES, first_step_patched
-from ddpm_lit.evaluate import (
+from ddpm_lit.evaluation import bound_sums, evaluate_bpd, means_and_errors, rate_distortion, sample_terms
+from ddpm_lit.exact import GaussianData, MixtureData, error_floor, exact_ddpm, expected_bound, optimal_variance
+from ddpm_lit.forward import linear_schedule
+from ddpm_lit.images import Images, to_network, to_pixels
+from ddpm_lit.loading import load_images
+from ddpm_lit.metrics import (
     ClassifierFeatures,
     InceptionFeatures,
     RunningStatistics,
-    Statistics,
-    asked_times,
-    bound_sums,
-    evaluate_bpd,
+    extract_features,
     feature_statistics,
-    features_of,
     frechet_distance,
-    generators,
+    image_statistics,
     inception_score,
-    means_and_errors,
     precision_recall,
-    rate_distortion,
-    statistics_of,
 )
-from ddpm_lit.exact import GaussianData, MixtureData, error_floor, exact_ddpm, expected_bound, optimal_variance
-from ddpm_lit.forward import linear_schedule
+from ddpm_lit.processes import spawn_generators
 
 
 def rng(seed):
@@ -145,12 +141,12 @@ def test_features_come_from_images_tensors_and_batches():
     corners.name = "corners"
     expected = feature_statistics(corners(pixels), "corners")
     for images in (Images(pixels), pixels, pixels.split(4), iter(pixels.split(10))):
-        found = statistics_of(corners, images, batch_size=7)
+        found = image_statistics(corners, images, batch_size=7)
         close(found.mean, expected.mean)
         close(found.cov, expected.cov)
         assert (found.n, found.name) == (23, "corners")
-    assert [len(batch) for batch in features_of(corners, Images(pixels), 10)] == [10, 10, 3]
-    assert torch.equal(torch.cat(list(features_of(corners, pixels, 10))), corners(pixels))
+    assert [len(batch) for batch in extract_features(corners, Images(pixels), 10)] == [10, 10, 3]
+    assert torch.equal(torch.cat(list(extract_features(corners, pixels, 10))), corners(pixels))
 
 
 def test_too_few_images_are_warned_of_once_and_other_features_refused():
@@ -171,15 +167,15 @@ def test_too_few_images_are_warned_of_once_and_other_features_refused():
 def test_a_file_of_statistics_is_ours_and_everybodys(tmp_path):
     found = feature_statistics(torch.randn(20, 4, generator=rng(7)), "net")
     found.save(tmp_path / "ours.npz")
-    again = Statistics.load(tmp_path / "ours.npz")
+    again = FeatureStatistics.load(tmp_path / "ours.npz")
     assert torch.equal(again.mean, found.mean) and torch.equal(again.cov, found.cov) and again[2:] == (20, "net")
     found._replace(n=None, name="").save(tmp_path / "bare.npz")
-    assert Statistics.load(tmp_path / "bare.npz")[2:] == (None, "")
+    assert FeatureStatistics.load(tmp_path / "bare.npz")[2:] == (None, "")
     with np.load(tmp_path / "ours.npz") as file:  # as pytorch-fid reads it
         close(file["mu"], found.mean), close(file["sigma"], found.cov)
     mu, sigma = np.arange(4, dtype=np.float32), np.eye(4, dtype=np.float32)
     np.savez_compressed(tmp_path / "theirs.npz", mu=mu, sigma=sigma)  # as pytorch-fid writes it
-    theirs = Statistics.load(str(tmp_path / "theirs.npz"))
+    theirs = FeatureStatistics.load(str(tmp_path / "theirs.npz"))
     assert theirs.mean.dtype == theirs.cov.dtype == torch.float64 and theirs[2:] == (None, "")
     close(theirs.mean, mu), close(theirs.cov, sigma)
     assert theirs.distance(found) == frechet_distance(mu, sigma, found.mean, found.cov)
@@ -187,7 +183,7 @@ def test_a_file_of_statistics_is_ours_and_everybodys(tmp_path):
 
 def test_a_file_of_statistics_is_found_under_the_name_it_was_given(tmp_path):
     feature_statistics(torch.randn(20, 4, generator=rng(7))).save(tmp_path / "stats")
-    assert Statistics.load(tmp_path / "stats").n == 20
+    assert FeatureStatistics.load(tmp_path / "stats").n == 20
 
 
 def test_what_holds_no_statistics_is_named(tmp_path):
@@ -207,17 +203,17 @@ def test_what_holds_no_statistics_is_named(tmp_path):
     files["folder"] = tmp_path
     for name, path in files.items():
         with pytest.raises(ValueError) as error:
-            Statistics.load(path)
+            FeatureStatistics.load(path)
         said = str(error.value)
         assert said.startswith(str(path)) and "mu and sigma" in said and "\n" not in said, name
     with pytest.raises(ValueError, match="nowhere.npz does not exist$"):
-        Statistics.load(tmp_path / "nowhere.npz")
+        FeatureStatistics.load(tmp_path / "nowhere.npz")
 
 
 BIG = """
 import resource, sys, torch
-from ddpm_lit.evaluate import RunningStatistics
-from ddpm_lit.trainer import this_process
+from ddpm_lit.metrics import RunningStatistics
+from ddpm_lit.processes import this_process
 torch.set_num_threads(1)
 g, d, unit = torch.Generator().manual_seed(0), 2048, 2**20 if sys.platform == "darwin" else 2**10
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
@@ -363,7 +359,7 @@ def test_a_data_set_in_batches_of_any_size_has_the_means_and_errors_of_numpy(bat
 def test_bits_per_dim_is_the_mean_of_the_bound(digits):
     m = DDPM(lambda x, t: x, linear_schedule(20, 0.01, 0.3))
     bits = evaluate_bpd(m, digits, n=30, batch_size=30, generator=rng(1))
-    terms = vlb_terms(m, to_network(digits.pixels[:30]), *generators(rng(1), 1))
+    terms = vlb_terms(m, to_network(digits.pixels[:30]), *spawn_generators(rng(1), 1))
     assert bits.total == pytest.approx(terms.total.double().mean().item(), rel=1e-6)
     assert bits.error == pytest.approx(terms.total.double().std().item() / 30**0.5, rel=1e-4)
     assert bits.decoder == pytest.approx(terms.decoder.mean().item(), rel=1e-5)
@@ -396,7 +392,7 @@ def test_a_bound_that_is_not_finite_names_its_t(digits):
 @pytest.mark.parametrize("calls", [2, 3, 7])
 def test_the_times_that_are_asked_are_weighted_by_their_probability(calls):
     b, T = 20_000, 6
-    asked = list(asked_times(linear_schedule(T, 0.01, 0.3), calls, b, rng(3)))
+    asked = list(sample_terms(linear_schedule(T, 0.01, 0.3), calls, b, rng(3)))
     assert len(asked) == calls and all(t.shape == weight.shape == (b,) for t, weight, _ in asked)
     assert [last for *_, last in asked] == [False] * (calls - 1) + [True]
     assert asked[-1][0].eq(0).all() and asked[-1][1].eq(1).all()
@@ -406,7 +402,7 @@ def test_the_times_that_are_asked_are_weighted_by_their_probability(calls):
         weights.scatter_add_(1, t[:, None], weight[:, None])
     z = (weights.mean(0) - 1)[1:] / (weights.std(0)[1:] / b**0.5)
     assert z.abs().max() < 4.5, "every term counts once, on average"
-    every = list(asked_times(linear_schedule(T), None, 3, None))
+    every = list(sample_terms(linear_schedule(T), None, 3, None))
     assert [t.tolist() for t, *_ in every] == [[t] * 3 for t in (1, 2, 3, 4, 5, 0)]
     assert all(weight.eq(1).all() for _, weight, _ in every)
 
@@ -672,7 +668,7 @@ def test_inception_reads_grey_and_colour_and_nothing_else(network):
     logits = found.double().numpy() @ Stand().output.weight.detach().double().numpy().T  # without the bias
     logits = np.exp(logits - logits.max(1, keepdims=True))
     close(p, logits / logits.sum(1, keepdims=True), rtol=1e-4)
-    assert statistics_of(features, pixels).name == "inception-2015-12-05"
+    assert image_statistics(features, pixels).name == "inception-2015-12-05"
 
 
 def test_another_file_than_inceptions_is_named(network, tmp_path):
@@ -829,7 +825,7 @@ def test_what_makes_no_sense_is_refused(message):
 
 def test_other_entries_of_anothers_file_do_not_matter(tmp_path):
     np.savez(tmp_path / "theirs.npz", mu=np.zeros(2), sigma=np.eye(2), features=np.zeros((9, 2)), n=np.arange(3))
-    assert Statistics.load(tmp_path / "theirs.npz")[2:] == (None, "")
+    assert FeatureStatistics.load(tmp_path / "theirs.npz")[2:] == (None, "")
 
 
 # ------------------------------------------------------------------------------------------- several processes
@@ -837,7 +833,7 @@ def test_other_entries_of_anothers_file_do_not_matter(tmp_path):
 SHARED = """
 import sys, torch
 from test_evaluate import *
-from ddpm_lit.trainer import this_process
+from ddpm_lit.processes import this_process
 torch.set_num_threads(1)
 here = this_process()
 bits, statistics, small = shared()
@@ -856,7 +852,7 @@ def shared():
     "What several processes work out together; the last has nothing for the second of them to do."
     pixels = torch.randint(256, (37, 1, 8, 8), generator=rng(50), dtype=torch.uint8)
     bits = evaluate_bpd(model(S, variance="learned"), Images(pixels), batch_size=5, generator=rng(51))
-    return bits, statistics_of(corners, pixels, batch_size=5), statistics_of(corners, pixels[:3], batch_size=5)
+    return bits, image_statistics(corners, pixels, batch_size=5), image_statistics(corners, pixels[:3], batch_size=5)
 
 
 def test_two_processes_find_what_one_finds(tmp_path):

@@ -5,12 +5,12 @@ import functools
 import numpy as np
 import pytest
 import torch
+from ddpm_lit.images import Images, to_pixels
 from scipy.stats import ks_2samp
 
 from ddpm_lit.bound import vlb_terms
-from ddpm_lit.data import Images, to_pixels
 from ddpm_lit.ddpm import DDPM, first_step_patched
-from ddpm_lit.evaluate import evaluate_bpd
+from ddpm_lit.evaluation import evaluate_bpd
 from ddpm_lit.exact import (
     GaussianData,
     Mixture,

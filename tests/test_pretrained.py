@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
+from ddpm_lit.pretrained import load_ddpm, save_ddpm
 from safetensors.torch import load_file, save_file
 
 from ddpm_lit import unet
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import Schedule, linear_schedule
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
-from ddpm_lit.unet import PRESETS, UNet, load_ddpm, save_ddpm
+from ddpm_lit.unet import PRESETS, UNet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TINY = dict(

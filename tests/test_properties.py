@@ -23,7 +23,7 @@ from ddpm_lit import (
     linear_schedule,
     mean_from_x0,
     noised,
-    posterior_weights,
+    posterior_coefficients,
     q_marginal,
     q_posterior,
     q_sample,
@@ -215,7 +215,7 @@ def test_the_marginal_is_the_composition_of_the_steps(case):
 @given(at_a_step(first=1))
 def test_posterior_after_marginal_is_the_marginal_one_step_earlier(case):
     s, t, x0, _ = case
-    of_x0, of_x_t = posterior_weights(s)
+    of_x0, of_x_t = posterior_coefficients(s)
     back = q_marginal(s, x0, t).affine(of_x_t[t], of_x0[t] * x0, beta_tilde(s)[t])
     same_law(back, q_marginal(s, x0, t - 1))
 

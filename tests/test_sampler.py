@@ -13,13 +13,13 @@ from ddpm_lit.forward import linear_schedule
 from ddpm_lit.sampler import (
     ancestral_plan,
     ancestral_sample,
-    between,
+    ddim_coefficients,
     ddim_invert,
     ddim_plan,
     ddim_sample,
     limiter,
-    one_step,
     sample_steps,
+    sampler_step,
     step_table,
     time_steps,
 )
@@ -60,7 +60,7 @@ def spy(monkeypatch):
     return drawn
 
 
-def steps_of(m, plan):
+def expand_timesteps(m, plan):
     x = torch.randn(SHAPE, generator=rng(2), dtype=torch.float64)
     yield None, x, None
     yield from sample_steps(m, plan, x, rng(3))
@@ -74,7 +74,7 @@ def test_ancestral_steps_are_those_of_diffusers(monkeypatch, predicts, variance)
     theirs = DDPMScheduler(1000, 1e-4, 0.02, variance_type=kind, prediction_type=PREDICTION[predicts])
     theirs = as_precise(theirs, m.s)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: drawn[-1])
-    walk = steps_of(m, ancestral_plan(m.s, variance))
+    walk = expand_timesteps(m, ancestral_plan(m.s, variance))
     _, x, _ = next(walk)
     for t, x_next, _ in walk:
         expected = theirs.step(m.net(x, torch.full((3,), t)), t, x).prev_sample
@@ -94,7 +94,7 @@ def test_ddim_steps_are_those_of_diffusers(monkeypatch, predicts, eta, steps):
     theirs.final_alpha_cumprod = theirs.final_alpha_cumprod.double()
     plan = ddim_plan(m.s, steps, eta)
     assert plan.t.tolist() == theirs.timesteps.tolist()
-    walk = steps_of(m, plan)
+    walk = expand_timesteps(m, plan)
     _, x, _ = next(walk)
     for t, x_next, _ in walk:
         z = drawn[-1] if eta and t != plan.t[-1] else torch.zeros_like(x)
@@ -299,7 +299,7 @@ def test_what_is_not_said_is_what_the_docstrings_say():
     s = linear_schedule()
     assert all(torch.equal(a, b) for a, b in zip(ddim_plan(s)[:4], ddim_plan(s, 50, 0.0, "linear")[:4], strict=True))
     ends = s.alpha_bar[399], s.alpha_bar[799]
-    assert between(*ends) == between(*ends, 1.0) != between(*ends, 0.0)
+    assert ddim_coefficients(*ends) == ddim_coefficients(*ends, 1.0) != ddim_coefficients(*ends, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_the_table_is_rounded_once_and_never_below_float32():
     assert torch.equal(single, exact.float()) and torch.equal(half, single)
     x, z = torch.randn(2, *SHAPE, generator=rng(1)).bfloat16()
     for row in single[::100]:
-        coarse, fine = (one_step(m, y, torch.tensor(3).expand(3), row, z.to(y), False) for y in (x, x.float()))
+        coarse, fine = (sampler_step(m, y, torch.tensor(3).expand(3), row, z.to(y), False) for y in (x, x.float()))
         assert coarse[0].dtype == torch.bfloat16
         torch.testing.assert_close(coarse[0].float(), fine[0], rtol=2e-2, atol=1e-2)
 
@@ -363,7 +363,7 @@ def graphs(monkeypatch):
 
     made = []
     backend = lambda graph, inputs: made.append(graph) or graph  # noqa: E731
-    step = torch.compile(one_step, backend=backend, dynamic=False, fullgraph=True)
+    step = torch.compile(sampler_step, backend=backend, dynamic=False, fullgraph=True)
     monkeypatch.setattr(sampler, "compiled_step", lambda: step)
     torch.compiler.reset()
     yield made
@@ -409,7 +409,7 @@ def test_what_the_callback_got_stays_as_it_was(monkeypatch):
     places = []
 
     def same_place(*args):
-        made = one_step(*args)
+        made = sampler_step(*args)
         places.extend(map(torch.empty_like, made) if not places else ())
         return [place.copy_(new) for place, new in zip(places, made, strict=True)]
 

@@ -73,7 +73,7 @@ def calls(folder: Path) -> None:
             d.q_posterior(s, x, x_t, step), d.mean_from_x0(s, x_t, step, x), d.x0_from_mean(s, x_t, step, x)
             d.x0_from_eps(s, x_t, step, e), d.eps_from_x0(s, x_t, step, x)
             d.x0_from_v(s, x_t, step, e), d.v_from_x0(s, x_t, step, x)
-    d.itself(s, x0, 1, x0), d.beta_tilde(s), d.posterior_weights(s), d.first_step_patched(s)
+    d.itself(s, x0, 1, x0), d.beta_tilde(s), d.posterior_coefficients(s), d.first_step_patched(s)
 
     # 04 reverse, 05 bound, 06 objective: every word that a model can be told
     d.one_of("word", "a", ("a", "b"))
@@ -105,7 +105,7 @@ def calls(folder: Path) -> None:
 
     # 08 unet: the smallest network that has every part, with each variance; written and read back
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    d.sinusoidal(t, 8), d.sinusoidal(t / 2, 8), d.zeroed(torch.nn.Linear(2, 2)), d.halved(x0), d.doubled(x0), d.silu(x0)
+    d.sinusoidal(t, 8), d.sinusoidal(t / 2, 8), d.zero_init(torch.nn.Linear(2, 2)), d.avg_pool_2x(x0), d.nearest_2x(x0), d.silu(x0)
     resnet = {"down_block_types": ["ResnetDownsampleBlock2D"] * 2, "up_block_types": ["ResnetUpsampleBlock2D"] * 2}
     for kind, labels in (("timestep", t), ("identity", torch.zeros(2, 32)), (None, t)):
         changes = resnet | small | dict(class_embed_type=kind, num_class_embeds=10, dropout=0.1)
@@ -113,7 +113,7 @@ def calls(folder: Path) -> None:
         net.gradient_checkpointing = True
         net(x0, t, labels).sum().backward()
     d.Upsample(8)(torch.zeros(1, 8, 16, 16)), [d.beta_schedule(kind, 9, 0.1, 0.2) for kind in ("linear", "sigmoid")]
-    d.attended(*torch.zeros(3, 1, 2, 4, 8)), d.attended(*torch.zeros(3, 1, 2, 4, 8, dtype=torch.bfloat16))
+    d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8)), d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8, dtype=torch.bfloat16))
     for variance in d.VARIANCES:
         net = d.UNet.from_preset("digits", draw, **small, out_channels=2 if variance == "learned" else 1)
         net(x0, t), net(x0, 3), net.double()(x0.double(), t), net.float()
@@ -141,9 +141,9 @@ def calls(folder: Path) -> None:
     trainer = d.Trainer(m, few, config, draw=lambda m: few.pixels[:4])
     trainer.fit(), d.DDPM.from_pretrained(d.model_folder(folder / "run"))
     trainer = d.Trainer(d.DDPM.from_pretrained(folder / "run" / "model"), few, again)
-    trainer.fit(), trainer.log.add(1, torch.tensor(0.5), torch.tensor(1.0)), d.quiet_accelerate()
+    trainer.fit(), trainer.log.add(1, torch.tensor(0.5), torch.tensor(1.0)), d.import_accelerate()
     repr(d.Stopped(15, 3, None))
-    with d.own_randomness(0, torch.device("cpu")), d.advice(config, None):
+    with d.fork_rng(0, torch.device("cpu")), d.error_advice(config, None):
         d.end_processes()
 
     # 11 sampling
@@ -154,9 +154,9 @@ def calls(folder: Path) -> None:
     d.ddim_invert(d.DDPM.from_pretrained(folder / "beta"), x0, 3, 2), d.limiter(True)(x0), d.limiter(0.9)(x0)
     m, plan, sampler = d.DDPM(lambda x, t: 0.1 * x, s), d.ancestral_plan(s), importlib.import_module("ddpm_lit.sampler")
     row, step = d.step_table(m, plan, x0)[0], d.compiled_step()  # the checker cannot be compiled, so it is left out:
-    sampler.compiled_step = lambda: d.one_step
-    d.one_step(m, x0, t, row), d.one_step(m, x0.double(), t, row.double(), eps.double(), 0.9)
-    d.replayed_step(m, x0, t, row, eps, False), list(d.walk(m, plan, x0, draw, True, False))
+    sampler.compiled_step = lambda: d.sampler_step
+    d.sampler_step(m, x0, t, row), d.sampler_step(m, x0.double(), t, row.double(), eps.double(), 0.9)
+    d.replayed_step(m, x0, t, row, eps, False), list(d.iterate_steps(m, plan, x0, draw, True, False))
     d.ddim_sample(m, x0.shape, 3, 1.0, compile=True), callable(step)
 
     # 12 evaluation: images in memory, in files, as bare pixels, in batches; all terms and some
@@ -164,22 +164,22 @@ def calls(folder: Path) -> None:
     known = features(pixels)
     features.distance(pixels, few.pixels), features.flat(pixels), features.probabilities(known)
     for some in (few, pixels, [pixels[:20], pixels[20:]]):
-        list(d.features_of(features, some, 30)), d.statistics_of(features, some, 40).save(folder / "known.npz")
+        list(d.extract_features(features, some, 30)), d.image_statistics(features, some, 40).save(folder / "known.npz")
     running, stored = d.RunningStatistics("words"), d.load_images(folder / "pictures", memory=0)
     running.add(known), running.join(50, *d.feature_statistics(known.float(), "words")[:2])
-    running.result().distance(d.Statistics(torch.zeros(32).double(), torch.eye(32).double()))
-    d.frechet_distance(*d.Statistics.load(folder / "known.npz")[:2], np.zeros(32), np.eye(32)), d.root(d.root(eye))
+    running.result().distance(d.FeatureStatistics(torch.zeros(32).double(), torch.eye(32).double()))
+    d.frechet_distance(*d.FeatureStatistics.load(folder / "known.npz")[:2], np.zeros(32), np.eye(32)), d.matrix_sqrt(d.matrix_sqrt(eye))
     for x in (known, known.float()):
-        d.precision_recall(x, x[:30]), d.neighbour_distance(x, 1, 20), d.share_within(x, x[:9], torch.ones(9).to(x))
+        d.precision_recall(x, x[:30]), d.kth_neighbour_distance(x, 1, 20), d.fraction_within(x, x[:9], torch.ones(9).to(x))
         d.inception_score(features.probabilities(x.double()).to(x), 5)
     inception = d.InceptionFeatures(folder / "net.pt", "cpu", *inception_like(folder / "net.pt"))
     inception.probabilities(inception(pixels[:3]))
     m, any_size, kept = d.DDPM.from_pretrained(folder / "learned"), d.DDPM(lambda x, t: x, s), {}
     bits = d.evaluate_bpd(m, few, 4, 3, draw, kept=kept), d.evaluate_bpd(any_size, stored, calls=2)
-    bits[0].decoder, bits[1].kl, d.rate_distortion(bits[0]), d.bound_sums(any_size, x0.double()), d.my_turns(5, 2)
-    d.means_and_errors(d.bound_sums(m, x0, 3, draw), 2, 3), [d.sum_over_processes(x) for x in d.no_sums(3).values()]
-    d.generators(None, 2), [list(d.asked_times(s, k, 2, None)) for k in (None, 2, 6)]
-    d.hidden_bar(True, "x", 1, "call").close()
+    bits[0].decoder, bits[1].kl, d.rate_distortion(bits[0]), d.bound_sums(any_size, x0.double()), d.shard_batches(5, 2)
+    d.means_and_errors(d.bound_sums(m, x0, 3, draw), 2, 3), [d.all_reduce_sum(x) for x in d.zero_sums(3).values()]
+    d.spawn_generators(None, 2), [list(d.sample_terms(s, k, 2, None)) for k in (None, 2, 6)]
+    d.progress_bar(True, "x", 1, "call").close()
 
     # 13 the command line, every command of it
     from ddpm_lit.cli import main
@@ -232,7 +232,7 @@ def folder_of_images(folder: Path, d, pixels) -> None:
     (root / "a/4.png").write_bytes((root / "a/4.png").read_bytes()[:-40])
     (root / "b/5.png").write_text("no image")
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-    hf = d.need_datasets()
+    hf = d.import_datasets()
     features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["a", "b"]))
     table = {"image": [Image.fromarray(array) for array in pixels], "label": [0, 1] * 3}
     with d.quiet_datasets(False):

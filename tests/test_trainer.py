@@ -15,29 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddpm_lit.files import Checkpoints, atomic_folder, find_damage, model_folder, writable_folder
+from ddpm_lit.images import Images
+from ddpm_lit.processes import Stopped, catch_signals, trackers
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 import ddpm_lit.trainer as module
-from ddpm_lit.data import ImageBatches, Images, load_images
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
+from ddpm_lit.loading import ImageBatches, load_images
 from ddpm_lit.objective import bound_loss, simple_loss
-from ddpm_lit.trainer import (
-    Checkpoints,
-    RunLog,
-    Stopped,
-    TrainConfig,
-    Trainer,
-    damage,
-    ema_update,
-    model_folder,
-    noted_signals,
-    save_run,
-    trackers,
-    writable_folder,
-    write_whole,
-)
+from ddpm_lit.trainer import TrainConfig, Trainer, TrainingLog, ema_update, save_checkpoint
 from ddpm_lit.unet import UNet
 
 TINY = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -303,15 +292,15 @@ def test_a_checkpoint_cut_or_changed_anywhere_is_recognised_and_the_one_before_i
         whole = path.read_bytes()
         for size in {0, 1, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(6))}:
             path.write_bytes(whole[:size])
-            assert damage(newest) is not None, (path.name, size)
+            assert find_damage(newest) is not None, (path.name, size)
         path.unlink()
-        assert damage(newest) is not None
+        assert find_damage(newest) is not None
         path.write_bytes(whole)
-        assert damage(newest) is None
+        assert find_damage(newest) is None
         if path.name != "manifest.json":
             i = draw.randrange(len(whole))
             path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
-            assert path.name in damage(newest)
+            assert path.name in find_damage(newest)
             path.write_bytes(whole)
     (newest / "training.safetensors").write_bytes(b"")
     with caplog.at_level(logging.WARNING, "ddpm_lit"):
@@ -348,10 +337,10 @@ def test_a_save_that_breaks_off_leaves_the_checkpoint_before_it(digits, tmp_path
     monkeypatch.setattr(target[moment], kill)
     trainer.step = 5
     with pytest.raises(Killed):
-        save_run(trainer)
+        save_checkpoint(trainer)
     monkeypatch.undo()
     assert Checkpoints(tmp_path / "run").newest().name == "step-00000004"
-    save_run(trainer)
+    save_checkpoint(trainer)
     assert Checkpoints(tmp_path / "run").newest().name == "step-00000005"
 
 
@@ -364,11 +353,11 @@ def test_an_older_folder_gives_way_only_to_a_whole_one(tmp_path):
 
         return into
 
-    write_whole(tmp_path / "model", write("a"))
+    atomic_folder(tmp_path / "model", write("a"))
     with pytest.raises(OSError):
-        write_whole(tmp_path / "model", write("b", fail=True))
-    assert (tmp_path / "model" / "x").read_text() == "a" and damage(tmp_path / "model") is None
-    write_whole(tmp_path / "model", write("c"))
+        atomic_folder(tmp_path / "model", write("b", fail=True))
+    assert (tmp_path / "model" / "x").read_text() == "a" and find_damage(tmp_path / "model") is None
+    atomic_folder(tmp_path / "model", write("c"))
     assert (tmp_path / "model" / "x").read_text() == "c" and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -484,7 +473,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         trainer.net.conv_in.weight.fill_(math.nan)
     trainer.step = 7
     with pytest.raises(FloatingPointError, match="weights are not finite in step 7"):
-        save_run(trainer)
+        save_checkpoint(trainer)
     assert Checkpoints(tmp_path).steps() == [6]
 
 
@@ -509,7 +498,7 @@ def test_a_row_of_bad_steps_is_found_across_a_resumption(digits, tmp_path):
 
 
 def test_the_log_finds_a_row_across_its_readings():
-    log = RunLog(60, 7, torch.device("cpu"))
+    log = TrainingLog(60, 7, torch.device("cpu"))
     with log.bar(1, 0, False), pytest.raises(FloatingPointError, match="from step 5 on"):
         for step in range(1, 61):
             log.add(step, torch.tensor(math.inf if step >= 5 else 1.0), torch.tensor(1.0))
@@ -560,7 +549,7 @@ def test_a_second_ctrl_c_does_not_wait(heeded, digits):
 
 def test_what_was_ignored_stays_ignored_as_behind_nohup(heeded):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with noted_signals(False) as caught:
+    with catch_signals(False) as caught:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # that one is heeded
@@ -571,7 +560,7 @@ def test_what_was_ignored_stays_ignored_as_behind_nohup(heeded):
 def test_the_second_signal_is_let_through_unless_patient(heeded):
     before = signal.getsignal(signal.SIGINT)
     for patient in (False, True):
-        with noted_signals(patient) as caught:
+        with catch_signals(patient) as caught:
             signal.raise_signal(signal.SIGINT)
             assert caught == [signal.SIGINT]
             if patient:
@@ -588,7 +577,7 @@ def test_the_second_signal_is_let_through_unless_patient(heeded):
 TOGETHER = """
 import sys, torch, torch.distributed as dist
 from test_trainer import *
-from ddpm_lit.trainer import this_process
+from ddpm_lit.processes import this_process
 torch.set_num_threads(1)
 here = this_process()
 batch = 16 // here.num_processes

@@ -4,23 +4,19 @@ import inspect
 
 import pytest
 import torch
-from torch import nn
-
-from ddpm_lit.unet import (
-    DEFAULTS,
-    NOT_BUILT,
-    PRESETS,
-    TRAINING,
+from ddpm_lit.layers import (
     Attention,
     Dropout,
     GroupNorm,
     ResidualBlock,
-    UNet,
     Upsample,
-    doubled,
-    halved,
+    avg_pool_2x,
+    nearest_2x,
     sinusoidal,
 )
+from torch import nn
+
+from ddpm_lit.unet import PRESETS, TRAINING, UNET_DEFAULTS, UNSUPPORTED, UNet
 
 SMALL = dict(
     sample_size=16,
@@ -135,8 +131,8 @@ def compare(theirs, mine, config, atol=1e-5):
 
 def test_defaults_are_those_of_diffusers(UNet2DModel):
     theirs = {k: v.default for k, v in inspect.signature(UNet2DModel.__init__).parameters.items() if k != "self"}
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in DEFAULTS.items()} == theirs
-    assert set(NOT_BUILT) < set(DEFAULTS)
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in UNET_DEFAULTS.items()} == theirs
+    assert set(UNSUPPORTED) < set(UNET_DEFAULTS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -190,15 +186,15 @@ def test_the_memory_layout_of_images_and_weights_does_not_matter(memory_format):
 def test_up_at_once_is_up_in_two_steps():
     up = Upsample(4).double()
     x = torch.randn(2, 4, 16, 18, generator=rng(0), dtype=torch.float64)
-    torch.testing.assert_close(up(x), up.conv(doubled(x)), atol=1e-12, rtol=1e-12)
-    grads = [torch.autograd.grad(out.square().sum(), up.conv.weight)[0] for out in (up(x), up.conv(doubled(x)))]
+    torch.testing.assert_close(up(x), up.conv(nearest_2x(x)), atol=1e-12, rtol=1e-12)
+    grads = [torch.autograd.grad(out.square().sum(), up.conv.weight)[0] for out in (up(x), up.conv(nearest_2x(x)))]
     torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-12)
 
 
 def test_resizing():
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert torch.equal(doubled(x)[0, 0, :2, :4], torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1]]))
-    assert torch.equal(halved(x)[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
+    assert torch.equal(nearest_2x(x)[0, 0, :2, :4], torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1]]))
+    assert torch.equal(avg_pool_2x(x)[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
