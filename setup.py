@@ -1,4 +1,5 @@
 """Packaging of ddpm_lit: everything that varies is read from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

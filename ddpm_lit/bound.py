@@ -53,7 +53,12 @@ def prior_term(s: Schedule, x0: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
 
 
 def kl_term(
-    m: DDPM, x0: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t, clip: bool | None = None, cond: dict | None = None
+    m: DDPM,
+    x0: Float[Tensor, "b ..."],
+    x_t: Float[Tensor, "b ..."],
+    t,
+    clip: bool | None = None,
+    cond: dict | None = None,
 ) -> Float[Tensor, "b"]:
     "L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_theta(x_{t-1} | x_t)) at one x_t, in nats; `t` is 1 … T-1 in code."
     return per_image(q_posterior(m.s, x0, x_t, t).kl(m.p_step(x_t, t, clip, **(cond or {}))))

@@ -21,15 +21,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from ddpm_lit.files import CachedPictures, CachedSamples, atomic_folder, atomic_write, save_npz, writable_folder
-from ddpm_lit.images import Images, save_animation, save_grid
-from ddpm_lit.forward import schedule_by_name
-from ddpm_lit.processes import Stopped, is_main_process, print_main
 
 import ddpm_lit
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.evaluation import EvaluationRun, measure_bits, measure_samples, remove_caches, scorecard, versions
+from ddpm_lit.files import CachedPictures, CachedSamples, atomic_folder, atomic_write, save_npz, writable_folder
+from ddpm_lit.forward import schedule_by_name
+from ddpm_lit.images import Images, save_animation, save_grid
 from ddpm_lit.loading import StoredImages, load_images, load_images_once
+from ddpm_lit.processes import Stopped, is_main_process, print_main
 from ddpm_lit.sampler import Sampling, draw_batches, draw_trajectory, load_run, sampling_request
 from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
 from ddpm_lit.unet import PRESETS, UNet
@@ -197,7 +197,9 @@ class Sample:
         form, out = resolve_output(self.out, self.format, self.every, self.n)
         m = load_run(self.run_folder)
         asked = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
-        parts = CachedPictures(out, asked) if form == "png" else CachedSamples(out.with_name(out.name + ".parts"), asked)
+        parts = (
+            CachedPictures(out, asked) if form == "png" else CachedSamples(out.with_name(out.name + ".parts"), asked)
+        )
         if form == "film":
             if is_main_process():
                 frames = draw_trajectory(self.sampling, m, parts.sizes, self.every)

@@ -17,17 +17,28 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64, UInt8
+from torch import Tensor
+
+import ddpm_lit
+from ddpm_lit.bound import bits_per_dim, discretized_log_prob, per_image, prior_term
+from ddpm_lit.ddpm import DDPM
 from ddpm_lit.files import CachedSamples, CachedSums, atomic_write, note_cached, open_cache, writable_folder
+from ddpm_lit.forward import Schedule, q_sample
+from ddpm_lit.gaussian import randn
 from ddpm_lit.images import Images, save_grid, to_network
+from ddpm_lit.loading import StoredImages, data_digest, load_images_once, select_images
 from ddpm_lit.metrics import (
-    FeatureStatistics,
     ClassifierFeatures,
+    FeatureStatistics,
     InceptionFeatures,
     Reference,
     compare_samples,
     make_reference,
     noise_statistics,
 )
+from ddpm_lit.objective import vlb_weight
+from ddpm_lit.posterior import q_posterior
 from ddpm_lit.processes import (
     all_reduce_sum,
     compute_once,
@@ -37,17 +48,6 @@ from ddpm_lit.processes import (
     spawn_generators,
     this_process,
 )
-from jaxtyping import Float, Float64, UInt8
-from torch import Tensor
-
-import ddpm_lit
-from ddpm_lit.bound import bits_per_dim, discretized_log_prob, per_image, prior_term
-from ddpm_lit.ddpm import DDPM
-from ddpm_lit.forward import Schedule, q_sample
-from ddpm_lit.gaussian import randn
-from ddpm_lit.loading import StoredImages, data_digest, load_images_once, select_images
-from ddpm_lit.objective import vlb_weight
-from ddpm_lit.posterior import q_posterior
 from ddpm_lit.sampler import draw_batches, image_shape, load_run, sampling_request
 
 # %% ../nbs/19_evaluation.ipynb #4

@@ -23,7 +23,6 @@ from einops import rearrange
 from jaxtyping import UInt8
 from torch import Tensor
 
-
 logger = logging.getLogger("ddpm_lit")
 
 # %% ../nbs/10_files.ipynb #3

@@ -14,11 +14,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from ddpm_lit.files import atomic_write
 from einops import rearrange, repeat
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
+
+from ddpm_lit.files import atomic_write
 
 # %% ../nbs/13_images.ipynb #9
 def describe_images(name: str, n: int, shape: tuple[int, int, int], classes: Sequence[str] = ()) -> str:

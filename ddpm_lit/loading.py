@@ -19,12 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
 from ddpm_lit.images import Images, describe_images, to_network
 from ddpm_lit.processes import available_cores, free_memory, is_main_process, this_process
 from ddpm_lit.sources import (
-    ImageFiles, ImageTable, read_header,
     NAMED,
     BrokenImages,
+    ImageFiles,
+    ImageTable,
     column_labels,
     crop_and_resize,
     decode_image,
@@ -33,10 +38,8 @@ from ddpm_lit.sources import (
     open_cell,
     open_hub,
     open_local,
+    read_header,
 )
-from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int64, UInt8
-from torch import Tensor
 
 # %% ../nbs/15_loading.ipynb #4
 def map_images(call: Callable, shelf, indices: Sequence[int], progress: bool = False) -> Iterator[tuple[int, object]]:
@@ -178,7 +181,9 @@ def load_source(shelf, size, max_broken: int | None, memory: int | None, progres
     return images
 
 
-def load_stream(rows: ImageTable, size, n: int | None, max_broken: int | None, memory: int | None, progress: bool) -> Images:
+def load_stream(
+    rows: ImageTable, size, n: int | None, max_broken: int | None, memory: int | None, progress: bool
+) -> Images:
     "The first n images of a table whose rows arrive one by one, or all of them; decoded at once, kept in memory."
     from tqdm import tqdm
 
@@ -211,7 +216,9 @@ def first_images(images: Images, size: tuple[int, int] | None, n: int | None) ->
     pixels = images.pixels[:n]
     if size is not None and images.shape[1:] != size:
         arrays = [p[0] if len(p) == 1 else rearrange(p, "c h w -> h w c") for p in pixels.numpy()]
-        pixels = torch.from_numpy(np.stack([to_planes(crop_and_resize(array, size), images.shape[0]) for array in arrays]))
+        pixels = torch.from_numpy(
+            np.stack([to_planes(crop_and_resize(array, size), images.shape[0]) for array in arrays])
+        )
     return Images(pixels, None if images.labels is None else images.labels[:n], images.name, images.classes)
 
 # %% ../nbs/15_loading.ipynb #11

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from ddpm_lit.files import download_checked
-from ddpm_lit.images import Images, to_network
-from ddpm_lit.processes import gather_in_order, is_main_process, progress_bar, shard_batches, this_process
 from einops import rearrange
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
+from ddpm_lit.files import download_checked
+from ddpm_lit.images import Images, to_network
 from ddpm_lit.loading import StoredImages, select_images
+from ddpm_lit.processes import gather_in_order, is_main_process, progress_bar, shard_batches, this_process
 from ddpm_lit.sampler import Sampling
 
 # %% ../nbs/18_metrics.ipynb #10
@@ -302,7 +302,12 @@ class RecordingFeatures:
     """
 
     def __init__(self, features: Callable, n: int, batch_size: int, classes: bool = False):
-        self.features, self.name, self.every, self.classes = features, features.name, math.ceil(n / MAX_RECORDED), classes
+        self.features, self.name, self.every, self.classes = (
+            features,
+            features.name,
+            math.ceil(n / MAX_RECORDED),
+            classes,
+        )
         self.batch_size, self.kept, self.probabilities = batch_size, [], []
 
     def __call__(self, pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
@@ -322,7 +327,9 @@ class Reference(NamedTuple):
     features: Float[Tensor, "n d"] | None = None
 
 
-def noise_statistics(features: Callable, shape: tuple[int, ...], n: int, seed: int, batch_size: int) -> FeatureStatistics:
+def noise_statistics(
+    features: Callable, shape: tuple[int, ...], n: int, seed: int, batch_size: int
+) -> FeatureStatistics:
     "Those of `n` images of uniform noise, at most `MOST`."
     seeds = Sampling(seed=seed)
     turns = shard_batches(min(n, MAX_RECORDED), batch_size)

@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from ddpm_lit.files import read_json, replace_files
 from torch import Tensor, nn
 
 from ddpm_lit.ddpm import DDPM, one_of
+from ddpm_lit.files import read_json, replace_files
 from ddpm_lit.forward import Schedule, linear_schedule, schedule_by_name
 from ddpm_lit.unet import UNet
 
@@ -24,7 +24,12 @@ from ddpm_lit.unet import UNet
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "mean": "mean"}
 
 
-BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+BETA_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
 VARIANCE_TYPES = {
     "fixed_small": "beta_tilde",
     "fixed_large": "beta",

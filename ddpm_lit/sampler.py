@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from ddpm_lit.files import CachedSamples, model_digest, model_folder, note_cached
-from ddpm_lit.images import to_pixels
-from ddpm_lit.processes import SEED_STRIDE, autocast, is_main_process, this_process
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from ddpm_lit.ddpm import DDPM, PREDICTS, first_step_patched, one_of
+from ddpm_lit.exact import level
+from ddpm_lit.files import CachedSamples, model_digest, model_folder, note_cached
 from ddpm_lit.forward import Schedule
 from ddpm_lit.gaussian import randn
+from ddpm_lit.images import to_pixels
 from ddpm_lit.posterior import beta_tilde, eps_from_x0, posterior_coefficients
+from ddpm_lit.processes import SEED_STRIDE, autocast, is_main_process, this_process
 
 # %% ../nbs/17_sampling.ipynb #14
 class Plan(NamedTuple):
@@ -198,7 +199,9 @@ def ancestral_plan(s: Schedule, variance: str = "beta_tilde", steps: int | None 
     return Plan(*(None if column is None else column.flip(0) for column in columns))
 
 # %% ../nbs/17_sampling.ipynb #32
-def initial_noise(m: DDPM, shape: Sequence[int], x_T: Tensor | None, generator: torch.Generator | None) -> Float[Tensor, "..."]:
+def initial_noise(
+    m: DDPM, shape: Sequence[int], x_T: Tensor | None, generator: torch.Generator | None
+) -> Float[Tensor, "..."]:
     "`x_T` on the device of `m`, or standard normal numbers of `shape`; `ValueError` where `x_T` is shaped otherwise."
     if x_T is None:
         return randn(tuple(shape), next(m.parameters(), torch.empty(0, device=m.s.beta.device)), generator)

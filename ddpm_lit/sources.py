@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ddpm_lit.images import Images
 from einops import rearrange
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from ddpm_lit.images import Images
 
 # %% ../nbs/14_sources.ipynb #4
 def load_digits() -> Images:

@@ -17,8 +17,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+import ddpm_lit
+from ddpm_lit.ddpm import DDPM, one_of
 from ddpm_lit.files import Checkpoints, atomic_folder, writable_folder
 from ddpm_lit.images import Images, image_grid, save_grid
+from ddpm_lit.loading import ImageBatches
+from ddpm_lit.objective import bound_loss, simple_loss
 from ddpm_lit.processes import (
     Stopped,
     any_signal,
@@ -29,14 +37,6 @@ from ddpm_lit.processes import (
     raise_on_all_ranks,
     rng_state,
 )
-from jaxtyping import Float, UInt8
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
-
-import ddpm_lit
-from ddpm_lit.ddpm import DDPM, one_of
-from ddpm_lit.loading import ImageBatches
-from ddpm_lit.objective import bound_loss, simple_loss
 from ddpm_lit.unet import UNet
 
 # %% ../nbs/16_training.ipynb #4
@@ -434,7 +434,13 @@ class Trainer(Learner):
         bar = self.log.bar(self.images_a_step, self.step, c.progress and a.is_main_process)
         dropout = fork_rng(c.seed + self.process[0], self.device, self.random)
         batches, patient = iter(self.batches), self.process[1] > 1
-        with dropout, bar, error_advice(c, self.checkpoints), tracking(a, c, self.step), catch_signals(patient) as caught:
+        with (
+            dropout,
+            bar,
+            error_advice(c, self.checkpoints),
+            tracking(a, c, self.step),
+            catch_signals(patient) as caught,
+        ):
             while self.step < c.steps:
                 # 1. the gradient of the loss of a batch, with a random t and new noise for each image
                 loss = self.gradient(model, batches)

@@ -6,31 +6,32 @@
 __all__ = ['PRESETS', 'UNet']
 
 # %% ../nbs/09_unet.ipynb #2
-from dataclasses import dataclass
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpm_lit.ddpm import one_of
 from ddpm_lit.layers import (
-    avg_pool_2x, nearest_2x,
     Downsample,
     GroupNorm,
     ResidualBlock,
     TimeEmbedding,
     Upsample,
+    avg_pool_2x,
     build_attention,
     frugally,
+    nearest_2x,
     plainly,
     silu,
     sinusoidal,
     to_fast_layout,
     zero_init,
 )
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from ddpm_lit.ddpm import one_of
 
 # %% ../nbs/09_unet.ipynb #3
 class Level(nn.Module):
@@ -207,7 +208,9 @@ def build_encoder(config: dict, skips: list[int]) -> nn.ModuleList:
         shrink, inputs = None, [skips[-1]] + [width] * (config["layers_per_block"] - 1)
         if len(levels) < len(widths) - 1:
             by_block, padding = resizes_by_block(kind, config), config["downsample_padding"]
-            shrink = ResidualBlock(width, width, **block, resize=avg_pool_2x) if by_block else Downsample(width, padding)
+            shrink = (
+                ResidualBlock(width, width, **block, resize=avg_pool_2x) if by_block else Downsample(width, padding)
+            )
         head_dim = (config["attention_head_dim"] or width) if BLOCK_TYPES["down_block_types"][kind] else None
         levels.append(DownBlock(inputs, width, head_dim, shrink, **block))
         skips += [width] * (len(inputs) + (shrink is not None))

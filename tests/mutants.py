@@ -73,8 +73,10 @@ def symbols(tree: ast.AST, source: str):
 
     for node in ast.walk(tree):
         match node:
-            case ast.BinOp(left=a, right=b, op=op) | ast.BoolOp(values=[a, b, *_], op=op) | ast.Compare(
-                left=a, comparators=[b, *_], ops=[op, *_]
+            case (
+                ast.BinOp(left=a, right=b, op=op)
+                | ast.BoolOp(values=[a, b, *_], op=op)
+                | ast.Compare(left=a, comparators=[b, *_], ops=[op, *_])
             ):
                 old, new = OPERATORS.get(type(op), ("@", "@"))
                 start = source.find(old, ends(a)[1], ends(b)[0])

@@ -769,7 +769,11 @@ def test_images_are_taken_from_all_over_a_data_set(pictures):
     inside = load_images(pictures)
     assert torch.equal(loading.select_images(inside, which).pixels, inside.pixels[which])
     assert loading.select_images(inside, which).labels.tolist() == [1, 0]
-    assert loading.data_digest(images) == loading.data_digest(load_images(pictures, memory=0)) != loading.data_digest(inside)
+    assert (
+        loading.data_digest(images)
+        == loading.data_digest(load_images(pictures, memory=0))
+        != loading.data_digest(inside)
+    )
 
 
 def test_a_learned_variance_is_trained_drawn_and_measured(tmp_path, counting):

@@ -31,9 +31,7 @@ def both(predicts, variance, clip):
     s = linear_schedule(T)
     channels = SHAPE[1] * (2 if variance == "learned" else 1)
     m = DDPM(lambda x_t, t: net(x_t, t, channels), s, predicts=predicts, variance=variance)
-    theirs = DDPMScheduler(
-        T, prediction_type=PREDICTS[predicts], variance_type=VARIANCES[variance], clip_sample=clip
-    )
+    theirs = DDPMScheduler(T, prediction_type=PREDICTS[predicts], variance_type=VARIANCES[variance], clip_sample=clip)
     theirs.betas, theirs.alphas, theirs.alphas_cumprod, theirs.one = s.beta, s.alpha, s.alpha_bar, s.beta.new_ones(())
     return m, theirs
 

@@ -5,14 +5,14 @@ import pytest
 
 CHAPTER = [
     "#| default_exp toy",
-    '''#| export
+    """#| export
 import math
 
 def area(r: float = 1.0) -> float:
     "The area of a circle of radius r, not of 2 r."
     if not 0 <= r:
         raise ValueError(f"r must be at least 0, got {r + 1}")
-    return math.pi * r**2''',
+    return math.pi * r**2""",
     "print(round(area(1), 3))",
 ]
 

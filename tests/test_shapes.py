@@ -105,7 +105,14 @@ def calls(folder: Path) -> None:
 
     # 08 unet: the smallest network that has every part, with each variance; written and read back
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    d.sinusoidal(t, 8), d.sinusoidal(t / 2, 8), d.zero_init(torch.nn.Linear(2, 2)), d.avg_pool_2x(x0), d.nearest_2x(x0), d.silu(x0)
+    (
+        d.sinusoidal(t, 8),
+        d.sinusoidal(t / 2, 8),
+        d.zero_init(torch.nn.Linear(2, 2)),
+        d.avg_pool_2x(x0),
+        d.nearest_2x(x0),
+        d.silu(x0),
+    )
     resnet = {"down_block_types": ["ResnetDownsampleBlock2D"] * 2, "up_block_types": ["ResnetUpsampleBlock2D"] * 2}
     for kind, labels in (("timestep", t), ("identity", torch.zeros(2, 32)), (None, t)):
         changes = resnet | small | dict(class_embed_type=kind, num_class_embeds=10, dropout=0.1)
@@ -113,7 +120,10 @@ def calls(folder: Path) -> None:
         net.gradient_checkpointing = True
         net(x0, t, labels).sum().backward()
     d.Upsample(8)(torch.zeros(1, 8, 16, 16)), [d.beta_schedule(kind, 9, 0.1, 0.2) for kind in ("linear", "sigmoid")]
-    d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8)), d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8, dtype=torch.bfloat16))
+    (
+        d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8)),
+        d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8, dtype=torch.bfloat16)),
+    )
     for variance in d.VARIANCES:
         net = d.UNet.from_preset("digits", draw, **small, out_channels=2 if variance == "learned" else 1)
         net(x0, t), net(x0, 3), net.double()(x0.double(), t), net.float()
@@ -168,9 +178,16 @@ def calls(folder: Path) -> None:
     running, stored = d.RunningStatistics("words"), d.load_images(folder / "pictures", memory=0)
     running.add(known), running.join(50, *d.feature_statistics(known.float(), "words")[:2])
     running.result().distance(d.FeatureStatistics(torch.zeros(32).double(), torch.eye(32).double()))
-    d.frechet_distance(*d.FeatureStatistics.load(folder / "known.npz")[:2], np.zeros(32), np.eye(32)), d.matrix_sqrt(d.matrix_sqrt(eye))
+    (
+        d.frechet_distance(*d.FeatureStatistics.load(folder / "known.npz")[:2], np.zeros(32), np.eye(32)),
+        d.matrix_sqrt(d.matrix_sqrt(eye)),
+    )
     for x in (known, known.float()):
-        d.precision_recall(x, x[:30]), d.kth_neighbour_distance(x, 1, 20), d.fraction_within(x, x[:9], torch.ones(9).to(x))
+        (
+            d.precision_recall(x, x[:30]),
+            d.kth_neighbour_distance(x, 1, 20),
+            d.fraction_within(x, x[:9], torch.ones(9).to(x)),
+        )
         d.inception_score(features.probabilities(x.double()).to(x), 5)
     inception = d.InceptionFeatures(folder / "net.pt", "cpu", *inception_like(folder / "net.pt"))
     inception.probabilities(inception(pixels[:3]))
