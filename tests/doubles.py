@@ -1,0 +1,69 @@
+"""Small models that stand for large ones in tests. The one place for them."""
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lit.ddpm import DDPM
+from ddpm_lit.forward import Schedule, linear_schedule
+from ddpm_lit.unet import UNet
+
+# The smallest U-Net for digits that has every kind of layer.
+TINY = dict(
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    attention_head_dim=None,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lively(net: nn.Module, seed: int = 0) -> nn.Module:
+    "Give all parameters random values, so that no zero-initialised layer hides what lies before it."
+    draw = rng(seed)
+    for name, parameter in net.named_parameters():
+        middle = float(parameter.ndim == 1 and name.endswith("weight"))
+        spread = 0.1 if parameter.ndim == 1 else (1 / parameter[0].numel()) ** 0.5
+        parameter.data = middle + spread * torch.randn(parameter.shape, generator=draw)
+    return net.eval()
+
+
+def tiny_model(s: Schedule | None = None, seed: int = 0, spread: float = 0.1, **changes) -> DDPM:
+    "Return a DDPM with a tiny U-Net; `changes` are keywords of DDPM or of the network, `spread` is noise on its weights."
+    words = {key: changes.pop(key) for key in ("predicts", "variance", "clip") if key in changes}
+    if words.get("variance") == "learned":
+        changes = dict(out_channels=2) | changes
+    draw = rng(seed)
+    net = UNet(**(TINY | changes), generator=draw)
+    for parameter in net.parameters():
+        parameter.data += spread * torch.randn(parameter.shape, generator=draw)
+    return DDPM(net, s or linear_schedule(20), **words).eval()
+
+
+def two_points(s: Schedule, a: float = 0.8):
+    "Return the exact network, predicting x_0, of data whose entries are -a or +a with equal odds."
+
+    def net(x_t: Tensor, t: Tensor) -> Tensor:
+        slope = (s.alpha_bar.sqrt() / (1 - s.alpha_bar))[t].to(x_t)
+        return a * torch.tanh(a * slope[(...,) + (None,) * (x_t.ndim - 1)] * x_t)
+
+    return net
+
+
+class OwnNet(nn.Module):
+    "A network that is no `UNet`, of a user's own: it has parameters, reads x_t and t, and returns the shape of x_t."
+
+    def __init__(self, channels: int = 1, width: int = 8):
+        super().__init__()
+        self.time = nn.Embedding(1000, width)
+        self.first, self.last = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x_t) + self.time(t)[:, :, None, None]))
