@@ -18,55 +18,55 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from ddpm_lit.ddpm import DDPM, PREDICTS, first_step_patched, one_of
-from ddpm_lit.exact import level
 from ddpm_lit.files import CachedSamples, model_digest, model_folder, note_cached
 from ddpm_lit.forward import Schedule
 from ddpm_lit.gaussian import randn
 from ddpm_lit.images import to_pixels
 from ddpm_lit.posterior import beta_tilde, eps_from_x0, posterior_coefficients
-from ddpm_lit.processes import SEED_STRIDE, autocast, is_main_process, this_process
+from ddpm_lit.processes import autocast, batch_generator, progress_bar, this_process
 
 # %% ../nbs/17_sampling.ipynb #14
 class Plan(NamedTuple):
-    """What a sampler does at each of its n steps: `x_s = of_x0 * x0_hat + of_x_t * x_t + deviation * noise`.
+    """The table of a sampler, a row for each of its n steps: `x_s = x0_coef * x0_hat + x_t_coef * x_t + std * noise`.
 
-    `t` are the times at which the network is asked, falling; the last step leads to x_0. Where the network sets the
-    variance, `stretch` is the factor by which the deviation is largest; else it is None.
+    `t` are the timesteps at which the network is called, in falling order; the last step leads to x_0. `std_ratio` is
+    for a learned variance only: sqrt(beta / beta_tilde), the ratio of the largest to the smallest std.
     """
 
     t: Int64[Tensor, "n"]
-    of_x0: Float64[Tensor, "n"]
-    of_x_t: Float64[Tensor, "n"]
-    deviation: Float64[Tensor, "n"]
-    stretch: Float64[Tensor, "n"] | None = None
+    x0_coef: Float64[Tensor, "n"]
+    x_t_coef: Float64[Tensor, "n"]
+    std: Float64[Tensor, "n"]
+    std_ratio: Float64[Tensor, "n"] | None = None
 
-
+# %% ../nbs/17_sampling.ipynb #04ef1125
 def time_steps(T: int, steps: int | None = None, spacing: str = "linear") -> Int64[Tensor, "n"]:
-    """`steps` of the times 0 … T-1, rising and ending with T-1; all of them where `steps` is None.
+    """Return `steps` of the timesteps 0 … T-1, in rising order and ending with T-1; all of them for `steps=None`.
 
-    They lie at equal distances ("linear"), or are like squares ("quadratic"), close together where t is small.
+    They are equally spaced ("linear"), or spaced like squares ("quadratic"), dense where t is small. Raises
+    `ValueError` for `steps` outside 1 … T. Source of the spacings: Song et al. 2021, appendix D.2.
     """
     steps = T if steps is None else steps
     one_of("spacing", spacing, ("linear", "quadratic"))
     if not (isinstance(steps, int) and 1 <= steps <= T):
         raise ValueError(f"steps must be a whole number from 1 to T = {T}, got {steps}")
     i = torch.arange(1, steps + 1, dtype=torch.float64)
-    share = i / steps if spacing == "linear" else (i / steps) ** 2
-    return torch.maximum((share * T).round(), i).long() - 1
+    fraction = i / steps if spacing == "linear" else (i / steps) ** 2
+    return torch.maximum((fraction * T).round(), i).long() - 1
 
 # %% ../nbs/17_sampling.ipynb #17
 def prediction_coefficients(m: DDPM) -> tuple[Float64[Tensor, "T"], Float64[Tensor, "T"]]:
-    "The weights of x_t and of the network's output in the x_0 that they stand for, at every t."
+    "Return the coefficients of x_t and of the network's output in x0_hat, at every t."
     one, t = torch.ones_like(m.s.beta), torch.arange(m.s.T)
     to_x0 = PREDICTS[m.predicts][0]
     return to_x0(m.s, one, t, 0 * one), to_x0(m.s, 0 * one, t, one)
 
 # %% ../nbs/17_sampling.ipynb #20
 def limiter(clip: bool | float) -> Callable[[Tensor], Tensor]:
-    """What a sampler does to the predicted x_0: cut it to [-1, 1] (True), leave it alone (False), or threshold it.
+    """Return the function that limits x0_hat: clip it to [-1, 1] (True), leave it alone (False), or threshold it.
 
-    A number p between 0 and 1 is *dynamic thresholding*: where the p-quantile of the absolute values of an image is
-    above 1, the image is cut there and divided by it. `ValueError` for other numbers. Source: Saharia et al. 2022a,
+    A number p between 0 and 1 means *dynamic thresholding*: an image whose absolute values have a p-quantile q above 1
+    is clipped to [-q, q] and divided by q. Raises `ValueError` for other numbers. Source: Saharia et al. 2022a,
     section 2.3.
     """
     if isinstance(clip, bool):
@@ -75,25 +75,25 @@ def limiter(clip: bool | float) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"clip must be True, False or a quantile between 0 and 1, got {clip}")
 
     def threshold(x0):
-        level = x0.abs().flatten(1).quantile(clip, dim=1).clamp(min=1)
-        level = level[(...,) + (None,) * (x0.ndim - 1)]
-        return x0.clamp(-level, level) / level
+        q = x0.abs().flatten(1).quantile(clip, dim=1).clamp(min=1)
+        q = q[(...,) + (None,) * (x0.ndim - 1)]
+        return x0.clamp(-q, q) / q
 
     return threshold
 
 # %% ../nbs/17_sampling.ipynb #22
 def step_table(m: DDPM, plan: Plan, x: Float[Tensor, "b ..."]) -> Float[Tensor, "n 6"]:
-    """The numbers of `plan`, a row for each step: what `one_step` reads, on the device of `x`.
+    """Return `plan` as one tensor on the device of `x`, with the row that `sampler_step` reads for each step.
 
-    The first two columns are `prediction_weights`. They are computed in float64, and rounded once, to the precision of
-    `x`, but never below float32.
+    Columns: the two `prediction_coefficients` at t, then x0_coef, x_t_coef, std and std_ratio (1 where the plan has
+    none). They are computed in float64 and rounded once, to the dtype of `x`, but never below float32.
     """
-    asked = [weights[plan.t.to(weights.device)] for weights in prediction_coefficients(m)]
-    stretch = torch.ones_like(plan.deviation) if plan.stretch is None else plan.stretch
-    table = torch.stack([column.cpu() for column in (*asked, *plan[1:4], stretch)], dim=1)
+    of_prediction = [column[plan.t.to(column.device)] for column in prediction_coefficients(m)]
+    std_ratio = torch.ones_like(plan.std) if plan.std_ratio is None else plan.std_ratio
+    table = torch.stack([column.cpu() for column in (*of_prediction, *plan[1:4], std_ratio)], dim=1)
     return table.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
-
+# %% ../nbs/17_sampling.ipynb #87c9ab51
 def sampler_step(
     m: DDPM,
     x: Float[Tensor, "b ..."],
@@ -101,62 +101,82 @@ def sampler_step(
     row: Float[Tensor, "6"],
     z: Float[Tensor, "b ..."] | None = None,
     clip: bool | float = True,
+    cond: dict[str, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:
-    """One step from `x`, at the times `t`: the x that it reaches, and the x_0 that it believed in.
+    """Take one step from x_t = `x` at the timesteps `t`. Returns `(x_s, x0_hat)`: next sample, predicted clean image.
 
-    `row` is one of `step_table`, `z` is standard normal noise, or None for none, and x_0 goes through `limiter(clip)`.
-    No value is looked at, so nothing waits for a GPU.
+    `row` is a row of `step_table`; `z` is standard normal noise, or None where the step has none; x0_hat goes through
+    `limiter(clip)`, which may be dynamic thresholding; `cond` are the network's keyword arguments, with a row for each
+    image. Reads no value of a tensor, so a GPU never waits.
     """
-    out, split = m(x, t)
-    of_x_t, of_out, a, b, sigma, stretch = row.unbind()
+    out, v = m(x, t, **(cond or {}))
+    x_t_to_x0, out_to_x0, x0_coef, x_t_coef, std, std_ratio = row.unbind()
     x_t = x.to(row.dtype)
-    x0 = limiter(clip)(of_x_t * x_t + of_out * out.to(row.dtype))
-    x_s = a * x0 + b * x_t
+    x0 = limiter(clip)(x_t_to_x0 * x_t + out_to_x0 * out.to(row.dtype))
+    x_s = x0_coef * x0 + x_t_coef * x_t
     if z is not None:
-        x_s = x_s + sigma * z * (1 if split is None else stretch ** ((split.to(row.dtype) + 1) / 2))
+        x_s = x_s + std * z * (1 if v is None else std_ratio ** ((v.to(row.dtype) + 1) / 2))
     return x_s.to(x.dtype), x0.to(x.dtype)
 
 # %% ../nbs/17_sampling.ipynb #24
 @functools.cache
 def compiled_step() -> Callable:
-    "`one_step` as `torch.compile` makes it, once in a process: on a GPU, one CUDA graph for each shape and model."
+    "Return `sampler_step`, compiled once per process: on a GPU, one CUDA graph for each shape and model."
     return torch.compile(sampler_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
 
 
 def replayed_step(m: DDPM, x: Float[Tensor, "b ..."], *others) -> tuple[Tensor, Tensor]:
-    """What `one_step` returns, by `compiled_step`. `ValueError` where torch cannot compile it as a whole.
+    """Return what `sampler_step` returns, computed by `compiled_step`, as copies laid out in memory like `x`.
 
-    The next replay overwrites what a CUDA graph returns, so the caller gets copies, laid out in memory like `x`.
+    They are copies since the next replay of a CUDA graph overwrites its outputs. Raises `ValueError` where torch
+    cannot compile the step as one graph.
     """
     torch.compiler.cudagraph_mark_step_begin()
     try:
-        made = compiled_step()(m, x, *others)
+        outputs = compiled_step()(m, x, *others)
     except Exception as error:
         if "torch._dynamo.exc" not in {kind.__module__ for kind in type(error).__mro__}:
             raise
         why = " ".join(" ".join(str(error.__cause__ or error).split("\n")[:2]).split())
         raise ValueError(f"compile must be False where torch.compile cannot take a step as a whole: {why}") from error
-    return tuple(torch.empty_like(x).copy_(new) for new in made)
+    return tuple(torch.empty_like(x).copy_(output) for output in outputs)
 
 # %% ../nbs/17_sampling.ipynb #25
+def check_cond(cond: dict[str, Tensor] | None, x: Float[Tensor, "b ..."]) -> dict[str, Tensor]:
+    "Return `cond` on the device of `x`, {} for None. Raises `ValueError` unless it has one row per image of `x`."
+    cond = {name: torch.as_tensor(value, device=x.device) for name, value in (cond or {}).items()}
+    for name, value in cond.items():
+        rows = len(value) if value.ndim else "a single number"
+        if rows != len(x):
+            raise ValueError(f"cond[{name!r}] must have one row per image, {len(x)}, got {rows}")
+    return cond
+
+# %% ../nbs/17_sampling.ipynb #a0772b28
 def iterate_steps(
-    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None, clip: bool | float, compile: bool
+    m: DDPM,
+    plan: Plan,
+    x: Float[Tensor, "b ..."],
+    generator: torch.Generator | None,
+    clip: bool | float,
+    compile: bool,
+    cond: dict[str, Tensor] | None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    "`sample_steps`, in whatever mode of autograd it is called."
-    limiter(clip)  # refuses what cannot be
-    training, step, still = m.training, sampler_step, None
-    if compile:  # all x are to be of one kind, and so are all z, lest it be compiled twice
-        step, x, still = replayed_step, x.clone(), x.new_zeros(x.shape)
+    "Yield what `sample_steps` yields, in the caller's mode of autograd."
+    limiter(clip)  # raises for a clip that is none, before the first step
+    training, step, zeros, cond = m.training, sampler_step, None, check_cond(cond, x)
+    if compile:  # all inputs are made alike from step to step, else torch would compile twice
+        step, x, zeros = replayed_step, x.clone(), x.new_zeros(x.shape)
+        cond = {name: value.clone() for name, value in cond.items()}
     m.eval()
     try:
-        times, draws = plan.t.to(x.device)[:, None].expand(-1, len(x)), (plan.deviation > 0).tolist()
-        for t, asked, row, noisy in zip(plan.t.tolist(), times, step_table(m, plan, x), draws, strict=True):
-            x, x0 = step(m, x, asked, row, randn(x.shape, x, generator) if noisy else still, clip)
+        t_rows, noisy = plan.t.to(x.device)[:, None].expand(-1, len(x)), (plan.std > 0).tolist()
+        for t, t_row, row, draws in zip(plan.t.tolist(), t_rows, step_table(m, plan, x), noisy, strict=True):
+            x, x0 = step(m, x, t_row, row, randn(x.shape, x, generator) if draws else zeros, clip, cond)
             yield t, x, x0
     finally:
         m.train(training)
 
-
+# %% ../nbs/17_sampling.ipynb #a686afe4
 def sample_steps(
     m: DDPM,
     plan: Plan,
@@ -164,45 +184,48 @@ def sample_steps(
     generator: torch.Generator | None = None,
     clip: bool | float | None = None,
     compile: bool = False,
+    cond: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Follow `plan` from x_T = `x`; after each step yield its t, the x that it reached, and the x_0 it believed in.
+    """Follow `plan` from x_T = `x`; after each step yield `(t, x_s, x0_hat)`.
 
-    That x_0 went through `limiter(clip)` before it was used; None means as `m` says. `m` is in evaluation mode
-    meanwhile. With `compile`, a step is one that `torch.compile` has made: see `ancestral_sample`.
+    `clip` limits x0_hat before it is used: True, False, a quantile for dynamic thresholding (see `limiter`), or None
+    for the model's own setting. `cond` has one row per image, else `ValueError`. `m` is in evaluation mode meanwhile.
+    `compile` takes each step by `torch.compile`: see `ancestral_sample`.
     """
-    mode = torch.no_grad() if compile else torch.inference_mode()  # a graph made in inference mode is of no other use
-    return mode(iterate_steps)(m, plan, x, generator, m.clip if clip is None else clip, compile)
+    mode = torch.no_grad() if compile else torch.inference_mode()  # graphs made in inference mode cannot be reused
+    return mode(iterate_steps)(m, plan, x, generator, m.clip if clip is None else clip, compile, cond)
 
 # %% ../nbs/17_sampling.ipynb #27
 def strided_schedule(s: Schedule, times: Int64[Tensor, "n"]) -> Schedule:
-    "The schedule of the chain that visits only `times`: at each of them it has the `alpha_bar` of `s`."
+    "Return the schedule of the chain that visits only `times`, with the `alpha_bar` of `s` at each of them."
     if len(times) == s.T:
         return s
     alpha_bar = s.alpha_bar[times.to(s.beta.device)]
     return Schedule(1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]]))
 
-
+# %% ../nbs/17_sampling.ipynb #b0b29aac
 def ancestral_plan(s: Schedule, variance: str = "beta_tilde", steps: int | None = None) -> Plan:
-    """Algorithm 2 with all steps, or with `steps` of them at equal distances (2 … T; else `ValueError`).
+    """Return the plan of Algorithm 2, with all T steps or with `steps` equally spaced ones.
 
-    The last step has no noise, whatever `variance` is. Source: Ho et al. 2020, Algorithm 2.
+    The last step has no noise, for any `variance`. Raises `ValueError` for `steps` outside 2 … T. Source: Ho et al.
+    2020, Algorithm 2; Nichol & Dhariwal 2021, section 4.
     """
     if steps == 1:
         raise ValueError(f"steps must be a whole number from 2 to T = {s.T}, got 1")
     times = time_steps(s.T, steps)
     s = strided_schedule(s, times)
     low, high = beta_tilde(s), s.beta.clone()
-    stretch = (high / first_step_patched(s)).sqrt() if variance == "learned" else None
-    deviation = (high if variance == "beta" else low).sqrt()
-    deviation[0] = 0
-    columns = (times, *posterior_coefficients(s), deviation, stretch)
+    std_ratio = (high / first_step_patched(s)).sqrt() if variance == "learned" else None
+    std = (high if variance == "beta" else low).sqrt()
+    std[0] = 0
+    columns = (times, *posterior_coefficients(s), std, std_ratio)
     return Plan(*(None if column is None else column.flip(0) for column in columns))
 
 # %% ../nbs/17_sampling.ipynb #32
 def initial_noise(
     m: DDPM, shape: Sequence[int], x_T: Tensor | None, generator: torch.Generator | None
 ) -> Float[Tensor, "..."]:
-    "`x_T` on the device of `m`, or standard normal numbers of `shape`; `ValueError` where `x_T` is shaped otherwise."
+    "Return `x_T` on the device of `m`, or new noise of `shape`. Raises `ValueError` for an `x_T` of another shape."
     if x_T is None:
         return randn(tuple(shape), next(m.parameters(), torch.empty(0, device=m.s.beta.device)), generator)
     if tuple(x_T.shape) != tuple(shape) or not x_T.is_floating_point():
@@ -216,34 +239,33 @@ def run_plan(
     x: Float[Tensor, "b ..."],
     generator: torch.Generator | None,
     *,
-    clip: bool | float | None,
-    progress: bool,
-    callback: Callable[[int, Tensor, Tensor], None] | None,
-    batch_size: int | None,
-    compile: bool,
+    cond: dict[str, Tensor] | None = None,
+    clip: bool | float | None = None,
+    progress: bool = False,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    batch_size: int | None = None,
+    compile: bool = False,
 ) -> Float[Tensor, "b ..."]:
-    """The x_0 at the end of `plan`, for so many of the x_T in `x` at a time; by default for 2^20 numbers.
+    """Return the x_0 at the end of `plan` for x_T = `x`, of which `batch_size` are in work at a time (2^20 numbers).
 
-    Raises `ValueError` where the network's answers were not finite.
+    The options are those of `ancestral_sample`. Raises `ValueError` where the result is not finite.
     """
     size = max(1, 2**20 // max(1, x[:1].numel())) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    done, batches = [], x.split(size)
+    results, batches, cond = [], x.split(size), check_cond(cond, x)
     for i, x in enumerate(batches):
-        steps = sample_steps(m, plan, x, generator, clip, compile)
-        if progress:
-            from tqdm import tqdm
-
-            of = f" {i + 1} of {len(batches)}" if len(batches) > 1 else ""
-            steps = tqdm(steps, f"sampling{of}", total=len(plan.t), unit="step")
-        for t, x, x0 in steps:  # noqa: B007 (x is the result)
-            if callback is not None:
-                callback(t, x, x0)
+        part = {name: value[i * size : (i + 1) * size] for name, value in cond.items()}
+        desc = "sampling" + (f" {i + 1} of {len(batches)}" if len(batches) > 1 else "")
+        with progress_bar(disable=not progress, desc=desc, total=len(plan.t), unit="step") as bar:
+            for t, x, x0 in sample_steps(m, plan, x, generator, clip, compile, part):  # noqa: B007 (x is the result)
+                if callback is not None:
+                    callback(t, x, x0)
+                bar.update()
         if not x.isfinite().all():
             raise ValueError("m returned numbers that are not finite: its weights are broken, or x_T was")
-        done.append(x)
-    return torch.cat(done)
+        results.append(x)
+    return torch.cat(results)
 
 # %% ../nbs/17_sampling.ipynb #34
 def ancestral_sample(
@@ -252,6 +274,7 @@ def ancestral_sample(
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
     *,
+    cond: dict[str, Tensor] | None = None,
     steps: int | None = None,
     clip: bool | float | None = None,
     progress: bool = False,
@@ -259,34 +282,38 @@ def ancestral_sample(
     batch_size: int | None = None,
     compile: bool = False,
 ) -> Float[Tensor, "..."]:
-    """Images of `shape`, (b, c, h, w), drawn by Algorithm 2 from `x_T`, or from new noise.
+    """Return images of `shape`, (b, c, h, w), drawn by Algorithm 2 from `x_T` or from new noise.
 
-    `steps` below T visits that many times at equal distances, with the variances that belong to them. For `clip` see
-    `limiter`; None means as `m` says. After each step `callback(t, x, x0_hat)` is called. No more than `batch_size`
-    images are drawn at a time; by default as many as have 2^20 numbers, for which the paper's networks take about 2 GB.
-    With `compile`, `torch.compile` fuses a step once for each size of batch, which takes minutes for a large network,
-    and a GPU replays it as one CUDA graph. Raises `ValueError` for `steps` outside 2 … T, an `x_T` of another shape or
-    not floating point, a network that cannot be compiled as a whole or returns numbers that are not finite. Source: Ho
-    et al. 2020, Algorithm 2.
+    `cond` are keyword arguments of the network, such as {"class_labels": y}, with one row per image. `steps` below T
+    visits that many equally spaced timesteps, with the variances of the shorter chain. `clip` limits x0_hat: True,
+    False, a quantile for dynamic thresholding (see `limiter`), or None for the model's own setting. After each step
+    `callback(t, x_s, x0_hat)` is called. At most `batch_size` images are in work at a time; by default 2^20 numbers,
+    for which the paper's networks take about 2 GB. `compile` fuses a step by `torch.compile`, once for each size of
+    batch (minutes for a large network); a GPU replays it as one CUDA graph. Raises `ValueError` for `steps` outside
+    2 … T, an `x_T` that is not floating point of `shape`, a `cond` with another number of rows, a network that cannot
+    be compiled as one graph or returns numbers that are not finite. Source: Ho et al. 2020, Algorithm 2.
     """
     plan, x = ancestral_plan(m.s, m.variance, steps), initial_noise(m, shape, x_T, generator)
-    told = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
-    return run_plan(m, plan, x, generator, **told)
+    options = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
+    return run_plan(m, plan, x, generator, cond=cond, **options)
 
 # %% ../nbs/17_sampling.ipynb #52
 def ddim_coefficients(alpha_bar_s, alpha_bar_t, eta: float = 1.0):
-    """The weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), for s < t, and its deviation.
+    """Return the coefficients of x_0 and x_t in the mean of q(x_s | x_t, x_0), for s < t, and the std.
 
-    All `eta` have the same marginals: 1 is the paper's process, 0 draws nothing. Source: Song et al. 2021, Eq. 7, 16.
+    Every `eta` has the same marginals: 1 is the paper's process, 0 draws nothing. Source: Song et al. 2021, Eq. 7, 16.
     """
     var = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-    of_x_t = ((1 - alpha_bar_s - var) / (1 - alpha_bar_t)).sqrt()
-    of_x0 = alpha_bar_s.sqrt() - of_x_t * alpha_bar_t.sqrt()
-    return of_x0, of_x_t, var.sqrt()
+    x_t_coef = ((1 - alpha_bar_s - var) / (1 - alpha_bar_t)).sqrt()
+    x0_coef = alpha_bar_s.sqrt() - x_t_coef * alpha_bar_t.sqrt()
+    return x0_coef, x_t_coef, var.sqrt()
 
-
+# %% ../nbs/17_sampling.ipynb #4fefbea0
 def ddim_plan(s: Schedule, steps: int = 50, eta: float = 0.0, spacing: str = "linear") -> Plan:
-    "DDIM with `steps` of the times (`time_steps`); `ValueError` for `steps` outside 1 … T and `eta` outside [0, 1]."
+    """Return the plan of DDIM with `steps` timesteps of this `spacing`, see `time_steps`.
+
+    Raises `ValueError` for `steps` outside 1 … T and `eta` outside [0, 1]. Source: Song et al. 2021, Eq. 12, 16.
+    """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     times = time_steps(s.T, steps, spacing).flip(0)
@@ -303,6 +330,7 @@ def ddim_sample(
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
     *,
+    cond: dict[str, Tensor] | None = None,
     spacing: str = "linear",
     clip: bool | float | None = None,
     progress: bool = False,
@@ -310,158 +338,206 @@ def ddim_sample(
     batch_size: int | None = None,
     compile: bool = False,
 ) -> Float[Tensor, "..."]:
-    """Images of `shape`, (b, c, h, w), in `steps` calls of the network; with `eta` 0 they depend on `x_T` alone.
+    """Return images of `shape`, (b, c, h, w), drawn in `steps` calls of the network; for `eta` 0 a function of `x_T`.
 
-    `spacing` is that of `time_steps`; `clip`, `callback`, `batch_size` and `compile` are those of `ancestral_sample`.
-    Where x_0 is clipped, the noise kept is the one that belongs to the clipped x_0. A learned variance is not used.
-    Raises `ValueError` for `steps` outside 1 … T, `eta` outside [0, 1], an `x_T` of another shape or not floating
-    point. Source: Song, Meng & Ermon 2021, Eq. 12.
+    `spacing` is "linear" or "quadratic", see `time_steps`; `cond`, `clip` (with dynamic thresholding), `callback`,
+    `batch_size` and `compile` are as in `ancestral_sample`. Where x0_hat is clipped, the noise in x_s is recomputed
+    from the clipped x0_hat. A learned variance is not used. Raises `ValueError` for `steps` outside 1 … T, `eta`
+    outside [0, 1], an `x_T` that is not floating point of `shape`. Source: Song, Meng & Ermon 2021, Eq. 12.
     """
     plan, x = ddim_plan(m.s, steps, eta, spacing), initial_noise(m, shape, x_T, generator)
-    told = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
-    return run_plan(m, plan, x, generator, **told)
+    options = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
+    return run_plan(m, plan, x, generator, cond=cond, **options)
 
 # %% ../nbs/17_sampling.ipynb #65
 @torch.inference_mode()
 def ddim_invert(
-    m: DDPM, x0: Float[Tensor, "b ..."], steps: int = 50, passes: int = 1, *, spacing: str = "linear"
+    m: DDPM,
+    x0: Float[Tensor, "b ..."],
+    steps: int = 50,
+    passes: int = 1,
+    *,
+    cond: dict[str, Tensor] | None = None,
+    spacing: str = "linear",
 ) -> Float[Tensor, "b ..."]:
-    """The x_T from which `ddim_sample`, with as many `steps` and `clip=False`, leads to the images `x0`.
+    """Return the x_T from which `ddim_sample`, with the same `steps`, `cond` and `clip=False`, leads to `x0`.
 
-    Each step asks the network `passes` times: 1 is the usual inversion, and each more makes its error smaller. Nothing
-    is clipped, since clipping cannot be undone. Raises `ValueError` for `steps` outside 1 … T and `passes` below 1.
-    Source: Song, Meng & Ermon 2021, section 4.3; the passes are a fixed-point iteration.
+    Each step calls the network `passes` times: 1 is the usual inversion, each further pass reduces its error. Nothing
+    is clipped or thresholded, which could not be inverted. Raises `ValueError` for `steps` outside 1 … T and `passes`
+    below 1. Source: Song, Meng & Ermon 2021, section 4.3; the passes are a fixed-point iteration.
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, got {passes}")
-    times = time_steps(m.s.T, steps, spacing)
+    times, cond = time_steps(m.s.T, steps, spacing), check_cond(cond, x0)
     alpha_bar = [1.0, *m.s.alpha_bar[times.to(m.s.beta.device)].tolist()]
     training, x = m.training, x0
     m.eval()
     try:
         for t, before, after in zip(times.tolist(), alpha_bar, alpha_bar[1:], strict=False):
-            guess = x
+            x_t = x
             for _ in range(passes):
-                eps = eps_from_x0(m.s, guess, t, m.x0_hat(guess, t, m(guess, t)[0], clip=False))
-                believed = (x - (1 - before) ** 0.5 * eps) / before**0.5
-                guess = after**0.5 * believed + (1 - after) ** 0.5 * eps
-            x = guess
+                eps = eps_from_x0(m.s, x_t, t, m.x0_hat(x_t, t, m(x_t, t, **cond)[0], clip=False))
+                x0_hat = (x - (1 - before) ** 0.5 * eps) / before**0.5
+                x_t = after**0.5 * x0_hat + (1 - after) ** 0.5 * eps
+            x = x_t
     finally:
         m.train(training)
     return x
 
 # %% ../nbs/17_sampling.ipynb #81
-def image_shape(m: DDPM) -> tuple[int, int, int]:
-    "Channels, height and width of the images that the network of `m` was made for."
-    size = m.net.config["sample_size"]
-    return m.net.config["in_channels"], *((size, size) if isinstance(size, int) else size)
+def sampling_plan(m: DDPM, sampler: str = "ddim", steps: int | None = None, eta: float = 0.0) -> Plan:
+    """Return the plan of the "ancestral" or "ddim" sampler; `steps=None` means T for the first, min(50, T) for the second.
 
-
-def device_of(m: DDPM) -> torch.device:
-    "The device that the network of `m` lies on."
-    return next(m.parameters()).device
+    Raises `ValueError` for another sampler, for `steps` that it cannot take, and for an `eta` with "ancestral".
+    """
+    one_of("sampler", sampler, ("ancestral", "ddim"))
+    if sampler == "ddim":
+        return ddim_plan(m.s, min(50, m.s.T) if steps is None else steps, eta)
+    if eta != 0:
+        raise ValueError(f"eta is for ddim; the ancestral sampler always adds all the noise. Got {eta}")
+    return ancestral_plan(m.s, m.variance, steps)
 
 # %% ../nbs/17_sampling.ipynb #82
+def sample_pixels(
+    m: DDPM,
+    n: int,
+    steps: int | None = None,
+    sampler: str = "ddim",
+    *,
+    cond: dict[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    eta: float = 0.0,
+    progress: bool = False,
+    precision: str = "no",
+    channels_last: bool = False,
+    compile: bool = False,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> UInt8[Tensor, "n c h w"]:
+    """Return `n` images of `m.image_shape` as pixels on the CPU, drawn by `sampling_plan(m, sampler, steps, eta)`.
+
+    `precision` is that of `autocast`. `callback(k, x)` is called with the images after k steps, first with the noise,
+    k = 0. `channels_last` puts the network into that memory layout and leaves it there. `cond`, `progress` and
+    `compile` are as in `ancestral_sample`. Raises `ValueError` for an `n` below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    plan, k = sampling_plan(m, sampler, steps, eta), itertools.count(1)
+    x_T = initial_noise(m, (n, *m.image_shape), None, generator)
+    if channels_last:
+        m.net.to(memory_format=torch.channels_last)
+        x_T = x_T.contiguous(memory_format=torch.channels_last)
+    if callback is not None:
+        callback(0, x_T)
+    after_step = None if callback is None else lambda t, x, x0: callback(next(k), x)
+    with autocast(precision, m.device):
+        x = run_plan(m, plan, x_T, generator, cond=cond, progress=progress, callback=after_step, compile=compile)
+    return to_pixels(x).cpu()
+
+# %% ../nbs/17_sampling.ipynb #0696f271
 @dataclass(frozen=True)
 class Sampling:
     """How to draw images from a model."""
 
     sampler: Literal["ancestral", "ddim"] = "ddim"
-    """ancestral: Algorithm 2 of the paper; ddim: fewer steps, and no new noise where eta is 0"""
+    """ancestral: Algorithm 2 of the paper; ddim: fewer steps, and deterministic for eta 0"""
     steps: int | None = None
-    """calls of the network; by default all T for ancestral, and 50 (T where it is less) for ddim"""
+    """calls of the network per image; default: all T for ancestral, 50 (at most T) for ddim"""
     eta: float = 0.0
-    """share of new noise in each step of ddim, from 0 to 1"""
+    """DDIM eta: 0 is deterministic, 1 adds as much noise as ancestral sampling"""
     seed: int = 0
-    """start of the random numbers: the same seed draws the same images, on one kind of device"""
+    """seed of the random numbers: the same seed draws the same images, on one kind of device"""
     progress: bool = True
     """show a progress bar"""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """mixed precision while drawing: float32 throughout (no), or bfloat16 or float16 where torch thinks it safe"""
+    """mixed precision while sampling: float32 throughout (no), or torch's autocast to bfloat16 or float16"""
     channels_last: bool = False
-    """keep the channels of a pixel side by side in memory: faster on GPUs, with bf16 above all"""
+    """channels-last memory layout: faster on GPUs, with bf16 above all"""
     compile: bool = False
-    """let torch.compile fuse a step of the sampler: minutes at the start, then faster steps on GPUs"""
+    """fuse a sampling step by torch.compile: takes minutes at the start, then steps are faster on GPUs"""
 
-    def calls(self, m: DDPM) -> int:
-        "How often the network is asked about an image. `ValueError` where `m` cannot be sampled from in this way."
+    def network_calls(self, m: DDPM) -> int:
+        "Return the number of network calls per image. Raises `ValueError` where `m` cannot be sampled in this way."
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        autocast(self.precision, device_of(m))
-        if self.sampler == "ddim":
-            return len(ddim_plan(m.s, min(50, m.s.T) if self.steps is None else self.steps, self.eta).t)
-        if self.eta != 0:
-            raise ValueError(f"eta is for ddim; the ancestral sampler always adds all the noise. Got {self.eta}")
-        return len(ancestral_plan(m.s, m.variance, self.steps).t)
+        autocast(self.precision, m.device)
+        return len(sampling_plan(m, self.sampler, self.steps, self.eta).t)
 
-    def generator(self, batch: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-        "The random numbers of a batch, by its number: those of the first start with `seed` itself."
-        return torch.Generator(device).manual_seed((self.seed + batch * SEED_STRIDE) % 2**64)
-
-    def draw(self, m: DDPM, n: int, batch: int = 0, look: Callable | None = None) -> UInt8[Tensor, "n c h w"]:
-        """`n` images from `m`, of the size that its network was made for, as batch number `batch`.
-
-        `look(k, x)` is called with what they are after k steps; k = 0 is the noise that they begin with. The network
-        stays in the layout that `channels_last` gives it.
-        """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        steps, shape, device, taken = self.calls(m), (n, *image_shape(m)), device_of(m), itertools.count(1)
-        told = dict(generator=self.generator(batch, device), progress=self.progress, compile=self.compile)
-        x_T = initial_noise(m, shape, None, told["generator"])
-        if self.channels_last:
-            m.net.to(memory_format=torch.channels_last)
-            x_T = x_T.contiguous(memory_format=torch.channels_last)
-        if look is not None:
-            told["callback"] = lambda t, x, x0: look(next(taken), x)
-            look(0, x_T)
-        with autocast(self.precision, device):
-            if self.sampler == "ancestral":
-                x = ancestral_sample(m, shape, x_T, steps=steps, **told)
-            else:
-                x = ddim_sample(m, shape, steps, self.eta, x_T, **told)
-        return to_pixels(x).cpu()
+    def draw(self, m: DDPM, n: int, batch: int = 0, callback: Callable | None = None, cond: dict | None = None):
+        "Return `n` images as `sample_pixels` does, with the random numbers of batch number `batch`."
+        self.network_calls(m)
+        options = {name: value for name, value in vars(self).items() if name != "seed"}
+        generator = batch_generator(self.seed, batch, m.device)
+        return sample_pixels(m, n, generator=generator, callback=callback, cond=cond, **options)
 
 # %% ../nbs/17_sampling.ipynb #85
 def load_run(run: Path) -> DDPM:
-    "The model in the folder of a run, on the best device: a GPU where there is one, else the CPU."
+    "Read the model in the folder of a run, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
 
-def sampling_request(sampling: Sampling, m: DDPM, run: Path, n: int, batch_size: int) -> dict:
-    "What has to be the same for images to be those of one request."
-    told = asdict(sampling) | dict(steps=sampling.calls(m), n=n, batch_size=batch_size, device=device_of(m).type)
-    for faster_or_nicer in ("progress", "channels_last", "compile"):
-        del told[faster_or_nicer]
-    return told | dict(model=model_digest(model_folder(run)))
+def repeating_part(labels: Int64[Tensor, "n"]) -> list[int]:
+    "Return the shortest list that `labels` repeat, from their first to their last: [3, 7] for 3, 7, 3, 7, 3."
+    n = len(labels)
+    return labels[: next(k for k in range(1, n + 1) if torch.equal(labels[k:], labels[: n - k]))].tolist()
+
+
+def sampling_request(
+    sampling: Sampling, m: DDPM, run: Path, n: int, batch_size: int, labels: Int64[Tensor, "n"] | None = None
+) -> dict:
+    """Return what must be equal for cached images to be reused: settings, labels, model, kind of device.
+
+    A larger `n` continues a request, so `labels` enter by their repeating part. Speed and display are left out.
+    """
+    request = asdict(sampling) | dict(steps=sampling.network_calls(m), n=n, batch_size=batch_size, device=m.device.type)
+    for name in ("progress", "channels_last", "compile"):
+        del request[name]
+    classes = {} if labels is None else dict(labels=repeating_part(labels))
+    return request | classes | dict(model=model_digest(model_folder(run)))
 
 # %% ../nbs/17_sampling.ipynb #87
-def draw_batches(sampling: Sampling, m: DDPM, parts: CachedSamples) -> None:
-    "Draw the batches that `parts` lack, each process some. What is drawn stays; an error is told to say so."
-    from tqdm import tqdm
+def batch_labels(labels: Int64[Tensor, "n"] | None, sizes: list[int]) -> list[dict[str, Tensor] | None]:
+    "Return `cond` for batches of `sizes`, None without labels. Raises `ValueError` unless there is a label per image."
+    if labels is None:
+        return [None] * len(sizes)
+    if len(labels) != sum(sizes):
+        raise ValueError(f"labels must have one row per image, {sum(sizes)}, got {len(labels)}")
+    return [dict(class_labels=part) for part in labels.split(sizes)]
 
-    missing, quiet, steps = parts.missing(), replace(sampling, progress=False), sampling.calls(m)
-    here = this_process()
-    here.wait_for_everyone()  # all have looked what is missing before anything is added
-    missing = missing[here.process_index :: here.num_processes]
-    hidden = not (sampling.progress and missing and is_main_process())
-    bar = tqdm(total=len(missing) * steps, desc="sampling", unit="step", disable=hidden)
-    with note_cached(parts), bar:
+
+def draw_batches(
+    sampling: Sampling, m: DDPM, cache: CachedSamples, labels: Int64[Tensor, "n"] | None = None
+) -> None:
+    """Draw the batches that `cache` lacks, shared among the processes, and save each as it is finished.
+
+    Image i gets row i of `labels`. An error gets a note that says what is cached.
+    """
+    missing, quiet, conds = cache.missing(), replace(sampling, progress=False), batch_labels(labels, cache.sizes)
+    process, calls = this_process(), sampling.network_calls(m)
+    process.wait_for_everyone()  # every process must see what is missing before any of them adds to it
+    missing = missing[process.process_index :: process.num_processes]
+    total = len(missing) * calls
+    bar = progress_bar(disable=not (sampling.progress and missing), desc="sampling", total=total, unit="step")
+    with note_cached(cache), bar:
         for i in missing:
-            parts.keep(i, quiet.draw(m, parts.sizes[i], i, lambda k, x: bar.update(k > 0)))
-        here.wait_for_everyone()
+            cache.save(i, quiet.draw(m, cache.sizes[i], i, lambda k, x: bar.update(k > 0), conds[i]))
+        process.wait_for_everyone()
 
+# %% ../nbs/17_sampling.ipynb #d1168887
+def draw_trajectory(
+    sampling: Sampling, m: DDPM, sizes: list[int], every: int, labels: Int64[Tensor, "n"] | None = None
+) -> UInt8[Tensor, "k n c h w"]:
+    """Return the images of batches of `sizes` at the start, after each `every` steps, and at the end.
 
-def draw_trajectory(sampling: Sampling, m: DDPM, sizes: list[int], every: int) -> UInt8[Tensor, "k n c h w"]:
-    "The images of batches of `sizes` as they are at first, after each `every` steps, and in the end."
-    steps, pictures = sampling.calls(m), {}
+    Raises `ValueError` for an `every` outside 1 … number of steps.
+    """
+    steps, frames = sampling.network_calls(m), {}
     if not 1 <= every <= steps:
         raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {every}")
 
-    def look(k: int, x: Tensor) -> None:
+    def record(k: int, x: Tensor) -> None:
         if k % every == 0 or k == steps:
-            pictures.setdefault(k, []).append(to_pixels(x).cpu())
+            frames.setdefault(k, []).append(to_pixels(x).cpu())
 
-    for i, size in enumerate(sizes):
-        sampling.draw(m, size, i, look)
-    return torch.stack([torch.cat(batches) for batches in pictures.values()])
+    for i, (size, cond) in enumerate(zip(sizes, batch_labels(labels, sizes), strict=True)):
+        sampling.draw(m, size, i, record, cond)
+    return torch.stack([torch.cat(batches) for batches in frames.values()])
