@@ -328,6 +328,7 @@ class ImageBatches:
     def __init__(
         self, images: Images | StoredImages, batch_size: int, device="cpu", seed: int = 0, flip: bool = False,
         start: int = 0, process: tuple[int, int] = (0, 1), workers: int | None = None, resident: bool | None = None,
+        labels: bool = False,
     ):  # fmt: skip
         workers = min(8, available_cores()) if workers is None else workers
         for name, value in dict(batch_size=batch_size, seed=seed, start=start, workers=workers).items():
@@ -340,6 +341,7 @@ class ImageBatches:
         self.resident, self.why = choose_residence(images, self.device, resident)
         self.pixels = images.pixels.to(self.device) if self.resident else None
         self.order = functools.lru_cache(maxsize=2)(self.order)
+        self.labels = labels
 
     def order(self, epoch: int) -> Int64[Tensor, "n"]:
         "The images of an epoch in the order of their turn, by number; n is added where one is to be mirrored."
@@ -366,8 +368,14 @@ class ImageBatches:
         pixels = self.pixels[turn % n] if self.resident else self.images.read(turn % n)
         return to_batch(pixels, turn >= n, self.device)
 
-    def __iter__(self) -> Iterator[Float[Tensor, "batch c h w"]]:
-        return map(self.batch, itertools.count()) if self.resident else read_ahead(self)
+    def __iter__(self) -> Iterator:
+        images = map(self.batch, itertools.count()) if self.resident else read_ahead(self)
+        return zip(images, map(self.batch_labels, itertools.count()), strict=False) if self.labels else images
+
+    def batch_labels(self, k: int) -> Int64[Tensor, "batch"] | None:
+        "The labels of batch k on the device, or None where the images have none."
+        labels = self.images.labels
+        return None if labels is None else labels[self.indices(k).cpu() % len(self.images)].to(self.device)
 
     def describe(self) -> str:
         "One line: how many images of what size, how many bytes, and where they live or who reads them, and why."

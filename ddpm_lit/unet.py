@@ -275,6 +275,16 @@ def embed_conditions(net: nn.Module, x: Tensor, t: int | Tensor, labels: Tensor 
         labels = sinusoidal(labels, **waves).to(x.dtype)
     return F.silu(emb if labels is None else emb + net.class_embedding(labels))
 
+
+def class_condition(net: nn.Module, labels: Tensor | None) -> dict[str, Tensor]:
+    "Return `labels` as the keyword of a network with `num_class_embeds`, else {}; ValueError where they are missing."
+    config = getattr(net, "config", None)
+    classes = config.get("num_class_embeds") if isinstance(config, dict) else None
+    if classes is not None and labels is None:
+        raise ValueError(f"labels must be given to a network with num_class_embeds={classes}, got None")
+    return {} if classes is None else {"class_labels": labels}
+
+
 # %% ../nbs/09_unet.ipynb #14
 def initialise(net: nn.Module, generator: torch.Generator | None = None) -> None:
     "Xavier-uniform weights and zero biases in linear and convolutional layers but those that start at zero."
