@@ -80,6 +80,11 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(old)
 
 
+def digest(*parts: bytes) -> str:
+    "Return the SHA-256 of the concatenated `parts`, in hexadecimal digits."
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
 def checksum(path: Path) -> list:
     "Size and SHA-256 of a file."
     with open(path, "rb") as file:

@@ -62,6 +62,10 @@ class Images:
         "The same, and an empty dict: nothing here can be broken. See `StoredImages`."
         return self.read(indices), {}
 
+    def select(self, indices: Int64[Tensor, "b"]) -> "Images":
+        "Return the images at `indices`, with their labels."
+        return Images(self.pixels[indices], None if self.labels is None else self.labels[indices], self.name, self.classes)
+
     def __len__(self) -> int:
         return len(self.pixels)
 
