@@ -80,6 +80,12 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(old)
 
 
+def write_json(path: Path, content) -> None:
+    "Write a JSON file, atomically."
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def digest(*parts: bytes) -> str:
     "Return the SHA-256 of the concatenated `parts`, in hexadecimal digits."
     return hashlib.sha256(b"".join(parts)).hexdigest()
@@ -234,7 +240,7 @@ class CachedBatches:
     def path(self, i: int) -> Path:
         return self.folder / f"{i:05d}{self.suffix}"
 
-    def keep(self, i: int, content) -> None:
+    def save(self, i: int, content) -> None:
         "Write batch `i`."
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.record) as draft:
@@ -364,7 +370,7 @@ class CachedSums(CachedBatches, MutableMapping):
             raise KeyError(i) from None
 
     def __setitem__(self, i: int, sums: dict[str, Tensor]) -> None:
-        self.keep(i, sums)
+        self.save(i, sums)
 
     def __delitem__(self, i: int) -> None:
         self.path(i).unlink()

@@ -6,7 +6,7 @@
 __all__ = ['frechet_distance', 'ClassifierFeatures', 'InceptionFeatures', 'precision_recall', 'inception_score',
            'evaluate_samples']
 
-# %% ../nbs/18_metrics.ipynb #3
+# %% ../nbs/18_metrics.ipynb #3883ce3b
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +31,13 @@ from ddpm_lit.processes import (
     this_process,
 )
 
-# %% ../nbs/18_metrics.ipynb #11
+# %% ../nbs/18_metrics.ipynb #899a6172
 def matrix_sqrt(c: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
     "Return the symmetric square root of a covariance; eigenvalues that rounding made negative count as 0."
     values, vectors = torch.linalg.eigh(c)
     return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
 
-# %% ../nbs/18_metrics.ipynb #14
+# %% ../nbs/18_metrics.ipynb #21db4a46
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     """Return the squared Fréchet distance of two Gaussians, from means (d,) and covariances (d, d), in float64.
 
@@ -54,23 +54,20 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     cross = torch.linalg.svdvals(matrix_sqrt(cov1) @ matrix_sqrt(cov2)).sum()
     return max(0.0, ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item())
 
-# %% ../nbs/18_metrics.ipynb #22
+# %% ../nbs/18_metrics.ipynb #623559d2
 def read_statistics(path) -> tuple[Float64[Tensor, "..."], Float64[Tensor, "..."], dict]:
     "Return the entries `mu` and `sigma` of an .npz file, and `n` and `features` where they are single values."
     try:
         with np.load(path) as file:
             mean, cov = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in ("mu", "sigma"))
-            return (
-                mean,
-                cov,
-                {key: file[key].item() for key in ("n", "features") if key in file and file[key].ndim == 0},
-            )
+            single = (key for key in ("n", "features") if key in file and file[key].ndim == 0)
+            return mean, cov, {key: file[key].item() for key in single}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # whatever NumPy raises for a file that is no such archive
         raise ValueError(f"{path} holds no statistics (mu and sigma): {error}") from error
 
-# %% ../nbs/18_metrics.ipynb #23
+# %% ../nbs/18_metrics.ipynb #aba43051
 class FeatureStatistics(NamedTuple):
     "Mean (d,) and covariance (d, d) of the features of `n` images (None: unknown), and the `name` of these features."
 
@@ -102,9 +99,9 @@ class FeatureStatistics(NamedTuple):
             raise ValueError(f"{path}: mu and sigma must be (d,), (d, d), got {tuple(mean.shape)}, {tuple(cov.shape)}")
         return cls(mean, cov, entries.get("n") or None, entries.get("features", ""))
 
-# %% ../nbs/18_metrics.ipynb #26
+# %% ../nbs/18_metrics.ipynb #d2b7cf12
 class RunningStatistics:
-    "`FeatureStatistics` of features that come in batches. Memory holds their number, mean and scatter only, in float64."
+    "`FeatureStatistics` of features in batches. Memory holds only their number, mean and scatter, in float64."
 
     def __init__(self, name: str = ""):
         self.name, self.n, self.mean, self.scatter = name, 0, 0.0, 0.0
@@ -137,14 +134,14 @@ class RunningStatistics:
             raise ValueError(f"features must be (n, d) with n at least 2, got n = {self.n}")
         return FeatureStatistics(self.mean.cpu(), self.scatter.cpu() / (self.n - 1), self.n, self.name)
 
-# %% ../nbs/18_metrics.ipynb #28
+# %% ../nbs/18_metrics.ipynb #87400775
 def feature_statistics(features: Float[Tensor, "n d"], name: str = "") -> FeatureStatistics:
     "Return mean and covariance (divided by n - 1) of `features`. Raise `ValueError` for n < 2, and for inf and NaN."
     running = RunningStatistics(name)
     running.add(features)
     return running.result()
 
-# %% ../nbs/18_metrics.ipynb #31
+# %% ../nbs/18_metrics.ipynb #ad6ca4d3
 def train_classifier(
     x: Float64[Tensor, "n d"], y: Tensor, hidden: tuple[int, ...], held_out: int, seed: int
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor, float]:
@@ -160,7 +157,7 @@ def train_classifier(
     layers = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in arrays]
     return layers, torch.from_numpy(train), torch.from_numpy(test), classifier.score(x[test], y[test])
 
-# %% ../nbs/18_metrics.ipynb #34
+# %% ../nbs/18_metrics.ipynb #f8349280
 class LayerFeatures:
     "The last hidden layer of a network of fully connected `layers` (weights, bias), for images of one `shape`."
 
@@ -189,7 +186,7 @@ class LayerFeatures:
         "Return the Fréchet distance of two sets of images in these features."
         return feature_statistics(self(samples), self.name).distance(feature_statistics(self(real), self.name))
 
-# %% ../nbs/18_metrics.ipynb #36
+# %% ../nbs/18_metrics.ipynb #c51def01
 class ClassifierFeatures(LayerFeatures):
     """The last hidden layer of a small classifier trained on labelled `images`, all but `held_out` of them.
 
@@ -212,11 +209,11 @@ class ClassifierFeatures(LayerFeatures):
         super().__init__(self.shape, trained[0], f"classifier {digest(settings, *arrays)[:12]}")
         self.train, self.test, self.accuracy = trained[1:]
 
-# %% ../nbs/18_metrics.ipynb #47
+# %% ../nbs/18_metrics.ipynb #21abb096
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
-# %% ../nbs/18_metrics.ipynb #48
+# %% ../nbs/18_metrics.ipynb #99b4b9f9
 class InceptionFeatures:
     """The 2,048 features in which published FIDs are measured, from the network's TorchScript file.
 
@@ -243,10 +240,10 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def probabilities(self, features: Float[Tensor, "n 2048"]) -> Float[Tensor, "n 1008"]:
-        "Return those of the network's 1,008 classes, without the last layer's bias, as is usual for the Inception Score."
+        "Return those of 1,008 classes; the Inception Score leaves out the last layer's bias."
         return (features @ self.net.output.weight.T).softmax(1)
 
-# %% ../nbs/18_metrics.ipynb #53
+# %% ../nbs/18_metrics.ipynb #e3c99ee8
 def extract_features(features: Callable, images, batch_size: int = 500, progress: bool = False) -> Iterator[Tensor]:
     """Yield the `features` of `images` batch by batch; several processes get different batches.
 
@@ -278,7 +275,7 @@ def image_statistics(features: Callable, images, batch_size: int = 500, progress
         joined.join(n, mean.cpu(), scatter.cpu())
     return joined.result()
 
-# %% ../nbs/18_metrics.ipynb #56
+# %% ../nbs/18_metrics.ipynb #f0a27e5c
 def kth_neighbour_distance(features: Float[Tensor, "n d"], k: int, block: int = 1000) -> Float[Tensor, "n"]:
     "Return the distance of each row to its `k`-th nearest other row."
     return torch.cat([torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(block)])
@@ -289,7 +286,7 @@ def fraction_within(points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"],
     inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(1000)]
     return torch.cat(inside).double().mean().item()
 
-# %% ../nbs/18_metrics.ipynb #58
+# %% ../nbs/18_metrics.ipynb #1ff17391
 def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 3) -> tuple[float, float]:
     """Return the fraction of `samples` among the real images and of `real` among the samples, from their features.
 
@@ -305,7 +302,7 @@ def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], 
     precision = fraction_within(samples, real, kth_neighbour_distance(real, k))
     return precision, fraction_within(real, samples, kth_neighbour_distance(samples, k))
 
-# %% ../nbs/18_metrics.ipynb #62
+# %% ../nbs/18_metrics.ipynb #2b98dd02
 def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10) -> tuple[float, float]:
     """Return the Inception Score of images from their class probabilities: mean and std over `splits` parts.
 
@@ -322,14 +319,15 @@ def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10)
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
 
-# %% ../nbs/18_metrics.ipynb #70
+# %% ../nbs/18_metrics.ipynb #ea1ab703
 MAX_RECORDED = 10_000
 
 
 class RecordingFeatures:
-    """Wraps `features`; also records those of every k-th of `n` images (at most `MAX_RECORDED`) and, with `classes`, all class probabilities.
+    """Wraps `features`; also records those of every k-th image (≤ `MAX_RECORDED`) and, with `classes`, all class
+    probabilities.
 
-    Call it with this process's batches in their order. The records are `recorded` and `probabilities`, one entry per batch.
+    Call it with the batches of this process, in their order, of `n` images in all.
     """
 
     def __init__(self, features: Callable, n: int, batch_size: int, classes: bool = False):
@@ -345,7 +343,7 @@ class RecordingFeatures:
             self.probabilities.append(self.features.probabilities(rows).cpu())
         return rows
 
-# %% ../nbs/18_metrics.ipynb #74
+# %% ../nbs/18_metrics.ipynb #77410e82
 class Reference(NamedTuple):
     "What samples are compared with: statistics of the real images, of the `scale`, and recorded features."
 
@@ -358,11 +356,8 @@ def noise_statistics(
     features: Callable, shape: tuple[int, ...], n: int, seed: int, batch_size: int
 ) -> FeatureStatistics:
     "Return the statistics of `n` images of uniform noise, at most `MAX_RECORDED`; each batch has its own generator."
-    batches = shard_batches(min(n, MAX_RECORDED), batch_size)
-    noise = (
-        torch.randint(256, (len(indices), *shape), generator=batch_generator(seed, i), dtype=torch.uint8)
-        for i, indices in batches
-    )
+    batches = ((batch_generator(seed, i), len(part)) for i, part in shard_batches(min(n, MAX_RECORDED), batch_size))
+    noise = (torch.randint(256, (k, *shape), generator=draw, dtype=torch.uint8) for draw, k in batches)
     return image_statistics(features, noise)
 
 
@@ -379,7 +374,7 @@ def make_reference(
     scale["noise"] = noise_statistics(features, images.shape, n, seed, batch_size)
     return Reference(statistics, scale, gather_in_order(recording.recorded))
 
-# %% ../nbs/18_metrics.ipynb #76
+# %% ../nbs/18_metrics.ipynb #0c08f04f
 def compare_samples(
     features: Callable, samples, n: int, reference: Reference, batch_size: int = 500, progress: bool = False
 ) -> dict[str, object]:
@@ -406,7 +401,7 @@ def compare_samples(
         result |= dict(inception_score=score, inception_score_std=std)
     return result
 
-# %% ../nbs/18_metrics.ipynb #79
+# %% ../nbs/18_metrics.ipynb #4e5417b3
 def classifier_obstacle(images: Images | StoredImages) -> str | None:
     "Return the requirement of `ClassifierFeatures` that `images` do not meet, or None."
     unmet = {
@@ -416,17 +411,12 @@ def classifier_obstacle(images: Images | StoredImages) -> str | None:
     }
     return next((requirement for requirement, missing in unmet.items() if missing), None)
 
-# %% ../nbs/18_metrics.ipynb #80
+# %% ../nbs/18_metrics.ipynb #e89d8bf6
 def evaluate_samples(
-    pixels: UInt8[Tensor, "n c h w"] | Images | StoredImages,
-    images: UInt8[Tensor, "m c h w"] | Images | StoredImages,
-    *,
-    features: Callable | None = None,
-    n_reference: int | None = None,
-    seed: int = 0,
-    batch_size: int = 500,
+    pixels: UInt8[Tensor, "n c h w"] | Images | StoredImages, images: UInt8[Tensor, "m c h w"] | Images | StoredImages,
+    *, features: Callable | None = None, n_reference: int | None = None, seed: int = 0, batch_size: int = 500,
     progress: bool = False,
-) -> dict[str, object]:
+) -> dict[str, object]:  # fmt: skip
     """Return how near samples, `pixels`, are to real `images`: Fréchet distance, precision, recall, Inception Score.
 
     `frechet_distance_real` and `frechet_distance_noise` are its scale. `features` default to `ClassifierFeatures` of
