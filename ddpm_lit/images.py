@@ -72,6 +72,10 @@ class Images:
         labels = None if self.labels is None else self.labels[torch.as_tensor(indices)]
         return Images(self.read(indices), labels, self.name, self.classes)
 
+    def select(self, indices: Int64[Tensor, "b"]) -> "Images":
+        "Return the images at `indices`, with their labels."
+        return Images(self.pixels[indices], None if self.labels is None else self.labels[indices], self.name, self.classes)
+
     def __len__(self) -> int:
         return len(self.pixels)
 

@@ -130,6 +130,10 @@ class StoredImages:
     def __repr__(self):
         return f"StoredImages({describe_images(self.name, len(self), self.shape, self.classes)})"
 
+    def select(self, indices: Int64[Tensor, "b"]) -> "StoredImages":
+        "Return the images at `indices`, with their labels."
+        return StoredImages(self.shelf.select(indices.tolist()), self.shape, self.size, self.broken)
+
     def decode(self, i: int) -> UInt8[np.ndarray, "c h w"]:
         "Image i, or `ValueError` and the errors of decoders."
         with self.shelf.open(i) as file:
