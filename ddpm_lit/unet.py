@@ -293,6 +293,8 @@ def initialise(net: nn.Module, generator: torch.Generator | None = None) -> None
 class _UNetLayers(nn.Module):
     "The layers of `UNet`, built from its configuration."
 
+    gradient_checkpointing = False
+
     def __init__(self, *, generator: torch.Generator | None = None, **config):
         super().__init__()
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
@@ -317,11 +319,9 @@ class UNet(_UNetLayers):
 
     Keywords, their defaults and the keys of `state_dict` are those of diffusers' `UNet2DModel`; what is not implemented
     here raises a `ValueError` that names the keyword. `config` is the configuration as a dict. Weights start as in the
-    paper's code, drawn from `generator`. Set `gradient_checkpointing` to True to recompute activations in the
-    backward pass. Source: Ho et al. 2020, appendix B.
+    paper's code, drawn from `generator`. `gradient_checkpointing`: recompute activations in the backward pass.
+    Source: Ho et al. 2020, appendix B.
     """
-
-    gradient_checkpointing = False
 
     def forward(
         self, x_t: Float[Tensor, "b c h w"], t: int | Int[Tensor, "..."], class_labels: Tensor | None = None
@@ -336,8 +336,8 @@ class UNet(_UNetLayers):
         x = self.mid_block(x, emb, recompute)
         for up in self.up_blocks:
             x = up(x, emb, skips, recompute)
-        out = self.conv_out(silu(self.conv_norm_out(x)))
-        return out.contiguous() if x_t.is_contiguous() else out
+        x = self.conv_out(silu(self.conv_norm_out(x)))
+        return x.contiguous() if x_t.is_contiguous() else x
 
     def check_images(self, x: Tensor) -> None:
         "Raise `ValueError` where the network cannot read images shaped like `x`."
