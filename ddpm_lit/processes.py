@@ -154,7 +154,7 @@ def make_accelerator(precision: str = "no", track: str = "none", out: str | None
     kwargs = dict(mixed_precision=precision, log_with=written or None, project_dir=out)
     return import_accelerate().Accelerator(cpu=cpu, **kwargs)
 
-# %% ../nbs/11_processes.ipynb #21
+# %% ../nbs/11_processes.ipynb #22
 @contextlib.contextmanager
 def tracking(accelerator, settings: dict | None, step: int) -> Iterator[None]:
     "Open the trackers of a run at `step`, without what an earlier attempt wrote of later steps; close them on exit."
@@ -165,7 +165,7 @@ def tracking(accelerator, settings: dict | None, step: int) -> Iterator[None]:
         for tracker in accelerator.trackers:
             tracker.finish()
 
-# %% ../nbs/11_processes.ipynb #22
+# %% ../nbs/11_processes.ipynb #23
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
     "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
     batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]
@@ -173,7 +173,7 @@ def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> 
         order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": batch}, step, **order)
 
-# %% ../nbs/11_processes.ipynb #26
+# %% ../nbs/11_processes.ipynb #27
 def shard_batches(
     n: int, batch_size: int, process: tuple[int, int] | None = None
 ) -> list[tuple[int, Int64[Tensor, "b"]]]:
@@ -192,7 +192,7 @@ def undo_sharding(by_process: list[list]) -> list:
     rounds = itertools.zip_longest(*by_process)
     return [item for items in rounds for item in items if item is not None]
 
-# %% ../nbs/11_processes.ipynb #29
+# %% ../nbs/11_processes.ipynb #30
 SEED_STRIDE = 0x9E3779B9
 
 
@@ -206,7 +206,7 @@ def spawn_generators(generator: torch.Generator | None, k: int, device="cpu") ->
     starts = torch.randint(2**31, (k,), generator=generator, device=generator and generator.device)
     return [torch.Generator(device).manual_seed(start) for start in starts.tolist()]
 
-# %% ../nbs/11_processes.ipynb #34
+# %% ../nbs/11_processes.ipynb #35
 def all_reduce_sum(x: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
     "Return the sum of `x` over all processes, each of which must call this."
     if this_process().num_processes == 1:
@@ -234,7 +234,7 @@ def compute_once(make: Callable):
 
     return broadcast_object_list([make() if is_main_process() else None])[0]
 
-# %% ../nbs/11_processes.ipynb #37
+# %% ../nbs/11_processes.ipynb #38
 @contextlib.contextmanager
 def raise_on_all_ranks(accelerator, what: str):
     "If writing `what` fails on one rank, raise OSError on all, so that none hangs in the next collective."
@@ -257,7 +257,7 @@ def check_same_step(accelerator, step: int) -> None:
     if len(set(steps)) > 1:
         raise ValueError(f"out must be one folder that all processes see: they would begin at the steps {steps}")
 
-# %% ../nbs/11_processes.ipynb #40
+# %% ../nbs/11_processes.ipynb #41
 @contextlib.contextmanager
 def fork_rng(seed: int, device: torch.device, state: list[Tensor] | None = None):
     "Fork torch's global RNG (dropout uses it): seed it, or restore `state`, and put the old state back on exit."
@@ -274,7 +274,7 @@ def rng_state(device: torch.device) -> list[Tensor]:
     "Return the state of torch's global generators: that of the CPU and, if `device` is a GPU, that of the GPU."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
-# %% ../nbs/11_processes.ipynb #43
+# %% ../nbs/11_processes.ipynb #44
 class Borrowed:
     "Train mode of `net`, and torch's global generators in a state of the run's own, which starts at `seed`."
 
@@ -306,7 +306,7 @@ class Borrowed:
                 for part, mode in modes.items():
                     part.training = mode
 
-# %% ../nbs/11_processes.ipynb #46
+# %% ../nbs/11_processes.ipynb #47
 class Stopped(KeyboardInterrupt):
     "Raised at the end of a step after the signal of number `signal`, when everything has been saved."
 
@@ -340,7 +340,15 @@ def catch_signals(patient: bool) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/11_processes.ipynb #50
+# %% ../nbs/11_processes.ipynb #51
+@contextlib.contextmanager
+def run_context(accelerator, borrowed: Borrowed, settings: dict | None, step: int) -> Iterator[list[int]]:
+    "Surround the loop of a run at `step`, with `settings` for its trackers; yield the list of the signals caught."
+    with borrowed.use(), tracking(accelerator, settings, step):
+        with catch_signals(patient=accelerator.num_processes > 1) as caught:
+            yield caught
+
+# %% ../nbs/11_processes.ipynb #54
 def any_signal(accelerator, caught: list[int], due: bool) -> int:
     "Return the number of a signal that any process has caught, else 0; several GPUs ask each other only if `due`."
     if accelerator.num_processes == 1:
@@ -349,7 +357,7 @@ def any_signal(accelerator, caught: list[int], due: bool) -> int:
         return 0
     return int(accelerator.gather(torch.tensor(caught[:1] or [0], device=accelerator.device)).max())
 
-# %% ../nbs/11_processes.ipynb #53
+# %% ../nbs/11_processes.ipynb #57
 def progress_bar(
     disable: bool, desc: str, total: int | None, unit: str, initial: int = 0, unit_scale: bool = False
 ):  # fmt: skip
@@ -362,7 +370,7 @@ def progress_bar(
     kwargs = dict(desc=desc, total=total, unit=unit, initial=initial, unit_scale=unit_scale)
     return tqdm(**kwargs, disable=disable or not is_main_process())
 
-# %% ../nbs/11_processes.ipynb #56
+# %% ../nbs/11_processes.ipynb #60
 MAX_SKIPPED = 20
 
 
@@ -377,7 +385,7 @@ def check_skipped(finite: list[bool], start: int) -> None:
                 f"the loss or its gradient is not finite in {MAX_SKIPPED} steps in a row, from step {first} on"
             )
 
-# %% ../nbs/11_processes.ipynb #58
+# %% ../nbs/11_processes.ipynb #62
 class _LossRecord:
     "Loss and gradient norm of each of `steps` steps, stored on the device."
 
@@ -403,7 +411,7 @@ class _LossRecord:
             logger.warning("step %d: %d of the last %d updates skipped, not finite", step, (~new).sum(), len(new))
         return both[:, new].mean(1).tolist()
 
-# %% ../nbs/11_processes.ipynb #59
+# %% ../nbs/11_processes.ipynb #63
 class TrainingLog(_LossRecord):
     "The record of a run of `steps` steps, read every `every` steps, with a progress bar."
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -32,12 +32,11 @@ from ddpm_lit.processes import (
     Stopped,
     TrainingLog,
     any_signal,
-    catch_signals,
     check_same_step,
     make_accelerator,
     raise_on_all_ranks,
+    run_context,
     track_picture,
-    tracking,
 )
 from ddpm_lit.unet import UNet, class_condition
 
@@ -115,12 +114,10 @@ class TrainConfig(_Recipe):
 # %% ../nbs/16_training.ipynb #13
 def check_config(c: TrainConfig) -> None:
     "Raise ValueError, naming the field, where a value of `c` makes no sense."
-    for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
-    for name in ("warmup", "seed", "keep_every"):
-        if getattr(c, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(c, name)}")
+    least = dict(steps=1, batch_size=1, accumulate=1, warmup=0, seed=0, save_every=1, keep=1, keep_every=0, log_every=1)
+    for name, low in least.items():
+        if getattr(c, name) < low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(c, name)}")
     for name in ("lr", "clip_grad"):
         if not 0 < getattr(c, name) < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {getattr(c, name)}")
@@ -135,10 +132,7 @@ def check_config(c: TrainConfig) -> None:
 
 # %% ../nbs/16_training.ipynb #18
 def ema_update(decay: float) -> Callable:
-    """Return the update of an exponential moving average, for `AveragedModel(multi_avg_fn=…)`.
-
-    After n earlier updates the decay is `min(decay, (1 + n) / (10 + n))`, so that short runs are averaged, too.
-    """
+    "Return the update of a moving average, for `AveragedModel`; the n-th has decay min(decay, (1 + n) / (10 + n))."
 
     @torch.no_grad()
     def update(average: list[Tensor], current: list[Tensor], n: Tensor) -> None:
@@ -150,9 +144,7 @@ def ema_update(decay: float) -> Callable:
     return update
 
 # %% ../nbs/16_training.ipynb #26
-def drop_labels(
-    labels: Int64[Tensor, "b"], null: int, fraction: float, generator: torch.Generator, part: tuple[int, int] = (0, 1)
-) -> Int64[Tensor, "b"]:
+def drop_labels(labels: Int64[Tensor, "b"], null: int, fraction: float, generator: torch.Generator, part=(0, 1)):
     "Return `labels` with a random `fraction` of them replaced by `null`; `part` is (rank, number of processes)."
     rank, n = part[0], len(labels)
     drawn = torch.rand(part[1] * n, generator=generator, device=labels.device)[rank * n : (rank + 1) * n]
@@ -181,19 +173,23 @@ def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> 
     if drop > 0 and rows != classes + 1:
         raise ValueError(f"drop_labels must be 0 unless num_class_embeds is {classes} + 1 (a null label), got {rows}")
 
-# %% ../nbs/16_training.ipynb #30
+
 def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
     "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
     if not isinstance(m.net, nn.Module) or not any(p.requires_grad for p in m.net.parameters()):
-        what = getattr(m.net, "__name__", type(m.net).__name__)
-        raise ValueError(f"m.net must be an nn.Module with parameters to train, got {what}")
+        raise ValueError(f"m.net must be an nn.Module with parameters to train, got {type(m.net).__name__}")
     if m.variance == "learned" and c.objective == "simple":
         raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
     if isinstance(m.net, UNet):
         m.net.check_images(torch.empty(1, *images.shape, device="meta"))
     check_labels(m.net, images, c.drop_labels)
 
-# %% ../nbs/16_training.ipynb #33
+# %% ../nbs/16_training.ipynb #32
+def with_prefix(state: dict, prefix: str) -> dict:
+    "Return the entries of `state` whose name starts with `prefix`, without it."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 class _TrainingStep:
     "What a step changes: the network `net` of `m`, its average in `ema`, Adam, random numbers, and the counts."
 
@@ -213,26 +209,17 @@ class _TrainingStep:
         self.log = TrainingLog(config.steps, config.log_every, self.device)
 
     def update(self, optimizer, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
-        """Take a step of Adam, at this step's learning rate, and update the average.
-
-        Adam skips it where `loss` or the gradient's `norm` is not finite: the device decides, and nobody waits for it.
-        """
+        "Take a step of Adam, and update the average; Adam skips the step where `loss` or `norm` is not finite."
         for group in optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         if self.accelerator.scaler is None:  # the scaler of fp16 sees to this by itself
-            self.optimizer.found_inf = (~(loss + norm).isfinite()).float()
+            self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # read on the device: nobody waits for it
         optimizer.step()
         optimizer.zero_grad()
         self.average.update_parameters(self.net)
-        self.step += 1
-        self.seen += self.images_per_step
+        self.step, self.seen = self.step + 1, self.seen + self.images_per_step
 
-# %% ../nbs/16_training.ipynb #38
-def with_prefix(state: dict, prefix: str) -> dict:
-    "Return the entries of `state` whose name starts with `prefix`, without it."
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-# %% ../nbs/16_training.ipynb #39
+# %% ../nbs/16_training.ipynb #37
 class _TrainingState(_TrainingStep):
     "A training step whose state can be saved and restored; every process must take part in both."
 
@@ -273,7 +260,7 @@ class _TrainingState(_TrainingStep):
         self.average.n_averaged.fill_(self.step)
         self.log.restore(state["losses"], state["norms"])
 
-# %% ../nbs/16_training.ipynb #42
+# %% ../nbs/16_training.ipynb #40
 def run_metadata(trainer: "Trainer", state: dict) -> dict:
     "Return what a checkpoint says about its run in words and numbers."
     numbers = dict(version=ddpm_lit.__version__, step=state["step"], seen=state["seen"], scale=state.get("scale"))
@@ -297,14 +284,10 @@ def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
 
     metadata = read_json(folder / "training.json")
     ema = DDPM.from_pretrained(folder, net=None if isinstance(net, UNet) else copy.deepcopy(net))
-    state = load_file(folder / "training.safetensors")
-    state |= {f"ema.{name}": value for name, value in ema.net.state_dict().items()}
+    state = load_file(folder / "training.safetensors") | {f"ema.{k}": x for k, x in ema.net.state_dict().items()}
     return ema, state | {name: metadata[name] for name in ("step", "seen", "scale")}, metadata
 
-# %% ../nbs/16_training.ipynb #45
-NOT_COMPARED = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress")
-
-
+# %% ../nbs/16_training.ipynb #43
 def check_same_model(m: DDPM, before: DDPM) -> None:
     "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
     pairs = {name: (getattr(m, name), getattr(before, name)) for name in ("predicts", "variance", "clip")}
@@ -323,20 +306,21 @@ def resume_run(trainer: "Trainer", folder: Path) -> None:
     check_same_model(trainer.m, before)
     trainer.load_state_dict(state)
     new = run_metadata(trainer, state)
-    old, new = ({k: facts[k] for k in ("processes", "images")} | facts["config"] for facts in (old, new))
-    for name in new.keys() - set(NOT_COMPARED):
-        if name in old and new[name] != old[name]:
+    old, new = ({k: x[k] for k in ("processes", "images")} | asdict(TrainConfig()) | x["config"] for x in (old, new))
+    harmless = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress")
+    for name in new:
+        if name not in harmless and new[name] != old[name]:
             logger.warning("resumed with %s %s; before it was %s", name, new[name], old[name])
 
-# %% ../nbs/16_training.ipynb #48
+# %% ../nbs/16_training.ipynb #46
 def open_checkpoints(c: TrainConfig) -> Checkpoints | None:
     "Return the checkpoints in `c.out`; ValueError where it cannot be written, or holds a run not to be resumed."
     if c.out is None:
         return None
     checkpoints = Checkpoints(writable_folder(c.out), c.keep, c.keep_every)
     if checkpoints.steps() and not c.resume:
-        done = checkpoints.steps()[-1]
-        raise ValueError(f"out must be another folder, or resume be set: {c.out!r} holds a run of {done} steps")
+        done = f"{c.out!r} holds a run of {checkpoints.steps()[-1]} steps"
+        raise ValueError(f"out must be another folder, or resume be set: {done}")
     return checkpoints
 
 
@@ -352,18 +336,11 @@ def error_advice(c: TrainConfig, checkpoints: Checkpoints | None):
             error.add_note(f"the last good checkpoint is {checkpoints.newest()}")
         raise
 
-# %% ../nbs/16_training.ipynb #51
-def save_picture(accelerator, run: Path, step: int, pixels: UInt8[Tensor, "n c h w"]) -> None:
-    "Write a grid of the images drawn after `step` steps into the folder of the run, and beside its curves."
-    save_grid(run / "samples" / f"step-{step:08d}.png", pixels)
-    track_picture(accelerator, image_grid(pixels), step)
-
-
+# %% ../nbs/16_training.ipynb #49
 def save_checkpoint(trainer: "Trainer") -> None:
-    """Write a checkpoint; after the last step also the model; and a picture, if the trainer draws one.
+    """Write a checkpoint, a picture if the trainer draws one, and after the last step the model; all processes call it.
 
-    Every process must call it, the main process writes. FloatingPointError for weights that are not finite, OSError
-    where something cannot be written.
+    FloatingPointError for weights that are not finite, OSError where something cannot be written.
     """
     t, main, run = trainer, trainer.accelerator.is_main_process, trainer.checkpoints.folder.parent
     if not torch.stack([p.isfinite().all() for net in (t.net, t.ema.net) for p in net.parameters()]).all():
@@ -376,9 +353,11 @@ def save_checkpoint(trainer: "Trainer") -> None:
         if main and t.step == t.config.steps:
             atomic_folder(run / "model", t.ema.save_pretrained)
         if main and t.draw is not None:
-            save_picture(t.accelerator, run, t.step, t.draw(t.ema))
+            pixels = t.draw(t.ema)
+            save_grid(run / "samples" / f"step-{t.step:08d}.png", pixels)
+            track_picture(t.accelerator, image_grid(pixels), t.step)
 
-# %% ../nbs/16_training.ipynb #54
+# %% ../nbs/16_training.ipynb #52
 class _Run(_TrainingState):
     "A run on `images`: its state, its checkpoints, its batches, and the gradient of a step."
 
@@ -395,10 +374,9 @@ class _Run(_TrainingState):
         newest = self.checkpoints and self.checkpoints.newest()
         if newest:
             resume_run(self, newest)
-        process, start = self.process, self.seen
-        self.batches = ImageBatches(images, c.batch_size, self.device, c.seed, c.flip, start, process, labels=True)
+        self.batches = ImageBatches(images, c.batch_size, self.device, c.seed, c.flip, 0, self.process, labels=True)
         check_same_step(self.accelerator, self.step)
-        logger.info("%s; processes: %d; from step %d on", self.batches.describe(), process[1], self.step)
+        logger.info("%s; processes: %d; from step %d on", self.batches.describe(), self.process[1], self.step)
 
     def gradient(self, model: DDPM, batches: Iterator) -> Float[Tensor, ""]:
         "Accumulate the gradient over the batches of a step; return the mean loss over them and over all processes."
@@ -417,36 +395,26 @@ class _Run(_TrainingState):
             total = total + loss.detach()
         return self.accelerator.reduce(total, "mean")
 
-# %% ../nbs/16_training.ipynb #56
-@contextlib.contextmanager
-def running(t: "Trainer") -> Iterator[list[int]]:
-    "Surround the loop of `fit` with all that a run needs; yield the list of the signals that are caught."
-    c, bar = t.config, t.log.open_bar(t.images_per_step, t.step, not t.config.progress)
-    wandb = asdict(c) if c.track == "wandb" else None
-    with t.borrowed.use(), bar, error_advice(c, t.checkpoints), tracking(t.accelerator, wandb, t.step):
-        with catch_signals(patient=t.process[1] > 1) as caught:
-            yield caught
-
-# %% ../nbs/16_training.ipynb #59
+# %% ../nbs/16_training.ipynb #55
 class Trainer(_Run):
     """Train `m.net`, any nn.Module with parameters, on `images` by Algorithm 1 of Ho et al. 2020: call `fit`.
 
-    `m` is trained in place, on accelerate's device; its modes (train, eval) are restored afterwards. `ema` is the model
-    with the averaged weights: the one that is saved, to sample from. A network with `num_class_embeds` gets the labels
-    of the images. `draw(ema)` returns pixels to be saved with each checkpoint. `on_step(step, loss)` is called after
-    each step, counted from 1, with the loss on the device. ValueError, before training, for what does not fit together.
+    `m` is trained in place; its modes (train, eval) are restored. `ema`, with the averaged weights, is what is saved,
+    and what to sample from. A network with `num_class_embeds` gets the images' labels. `draw(ema)` returns pixels to
+    save with each checkpoint; `on_step(step, loss)` follows each step, from 1 on. ValueError where something is unfit.
     """
 
     def fit(self) -> Float[Tensor, "steps"]:
-        """Run the remaining steps and return the losses of all; after Ctrl-C or SIGTERM save, and raise `Stopped`.
+        """Run the remaining steps; return the losses of all. After Ctrl-C or SIGTERM, save and raise `Stopped`.
 
-        FloatingPointError where too many losses are not finite, OSError where a checkpoint cannot be written.
+        FloatingPointError for too many losses that are not finite, OSError for a failed checkpoint.
         """
         c, a = self.config, self.accelerator
         net, optimizer = a.prepare(torch.compile(self.net) if c.compile else self.net, self.optimizer)
-        model = DDPM(net, self.m.s, self.m.predicts, self.m.variance)
-        self.batches.start, batches = self.seen, iter(self.batches)
-        with running(self) as caught:
+        model, self.batches.start = DDPM(net, self.m.s, self.m.predicts, self.m.variance), self.seen
+        batches, bar = iter(self.batches), self.log.open_bar(self.images_per_step, self.step, not c.progress)
+        context = run_context(a, self.borrowed, asdict(c) if c.track == "wandb" else None, self.step)
+        with bar, error_advice(c, self.checkpoints), context as caught:
             while self.step < c.steps:
                 # 1. the gradient of the loss of a batch, with a random t and new noise for each image
                 loss = self.gradient(model, batches)
@@ -468,17 +436,15 @@ class Trainer(_Run):
                     raise Stopped(stop, self.step, c.out)
         return self.log.losses.cpu()
 
-# %% ../nbs/16_training.ipynb #78
+# %% ../nbs/16_training.ipynb #74
 def plot_losses(path: Path, losses: Float[Tensor, "steps"]) -> None:
     "Draw the loss of every step, and its mean over 25 steps, into a PNG file."
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.4), dpi=100, layout="constrained")
+    figure, window = Figure(figsize=(6, 3.4), dpi=100, layout="constrained"), min(25, len(losses))
     ax = figure.add_subplot()
-    window = min(25, len(losses))
     ax.plot(range(1, len(losses) + 1), losses, ".", color="lightgrey", label="each batch")
-    mean = losses.unfold(0, window, 1).mean(1)
-    ax.plot(range(window, len(losses) + 1), mean, color="crimson", label=f"mean of {window}")
+    ax.plot(range(window, len(losses) + 1), losses.unfold(0, window, 1).mean(1), "crimson", label=f"mean of {window}")
     ax.set(xlabel="step", ylabel="L_simple", yscale="log")
     ax.legend()
     figure.savefig(path)
