@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lit.ddpm import DDPM, one_of
-from ddpm_lit.files import atomic_folder, read_json, write_json
+from ddpm_lit.files import atomic_folder, model_folder, read_json, write_json
 from ddpm_lit.forward import Schedule, linear_schedule, schedule_by_name
+from ddpm_lit.processes import this_process
 from ddpm_lit.unet import UNet
 
 # %% ../nbs/12_pretrained.ipynb #8
@@ -277,3 +278,8 @@ def download_model(name: str) -> Path:
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name!r} is not a folder, and cannot be downloaded from the Hub: {error}") from error
+
+# %% ../nbs/12_pretrained.ipynb #34
+def load_run(run: Path) -> DDPM:
+    "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
+    return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
