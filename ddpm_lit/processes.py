@@ -238,17 +238,17 @@ def compute_once(make: Callable):
 @contextlib.contextmanager
 def raise_on_all_ranks(accelerator, what: str):
     "If writing `what` fails on one rank, raise OSError on all, so that none hangs in the next collective."
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
     from safetensors import SafetensorError
 
-    message = [None]
+    message = None
     try:
         yield
     except (OSError, SafetensorError) as error:
-        message = [f"{what} could not be written: {error}"]
-    broadcast_object_list(message)
-    if message[0]:
-        raise OSError(message[0])
+        message = f"{what} could not be written: {error}"
+    failures = [text for text in gather_object([message]) if text]
+    if failures:
+        raise OSError(failures[0])
 
 
 def check_same_step(accelerator, step: int) -> None:

@@ -244,9 +244,8 @@ def test_the_state_of_an_interrupted_run_is_taken_over_bit_for_bit(digits, tmp_p
     second.load_state_dict(state)
     second.fit()
     assert torch.equal(everything(second), everything(straight))
-    assert all(torch.equal(torch.as_tensor(state[name]), torch.as_tensor(before[name])) for name in before), (
-        "not shared"
-    )
+    changed = [name for name, value in before.items() if torch.is_tensor(value) and not torch.equal(state[name], value)]
+    assert not changed, "the state that was given is left alone"
     first.on_step = None
     first.fit()
     assert torch.equal(everything(first), everything(straight)), "the first, too, continues where it was"
@@ -595,9 +594,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(heeded, digits,
 
     trainer = build(lambda step, loss: step == 3 and signal.raise_signal(number))
     before = signal.getsignal(number)
-    with pytest.raises(
-        Stopped, match=f"stopped by {code} after step 3: all is saved, resume with --resume --out"
-    ) as error:
+    message = f"stopped by {code} after step 3: all is saved, resume with --resume --out"
+    with pytest.raises(Stopped, match=message) as error:
         trainer.fit()
     assert error.value.signal == number and signal.getsignal(number) == before
     assert Checkpoints(tmp_path / "run").steps() == [3]
@@ -627,12 +625,10 @@ torch.set_num_threads(1)
 here = this_process()
 batch = 16 // here.num_processes
 changes = dict(steps=8, lr=1e-4, batch_size=batch, save_every=4, flip=True, out=sys.argv[1], resume=True)
-labels = "--labels" in sys.argv
-m = tiny(num_class_embeds=11) if labels else tiny()
 def on_step(step, loss):
     if "--stop" in sys.argv and here.process_index == here.num_processes - 1 and step == 5:
         signal.raise_signal(signal.SIGTERM)
-trainer = Trainer(m, load_images("digits"), config(**changes, drop_labels=0.5 * labels), on_step=on_step)
+trainer = Trainer(tiny(num_class_embeds=11), load_images("digits"), config(**changes, drop_labels=0.5), on_step=on_step)
 try:
     trainer.fit()
 except Stopped as stopped:
@@ -658,28 +654,21 @@ def ended(place, *launcher, extra=()):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_agree_and_are_one_with_the_double_batch_stopped_or_not(tmp_path):
+    "Also in the labels that they drop."
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     _, one = ended(tmp_path / "one", sys.executable)
     _, two = ended(tmp_path / "two", *torchrun)
     torch.testing.assert_close(two[:8], one[:8], rtol=1e-5, atol=1e-6)  # the losses
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
-    assert (one[8:] - weights(tiny().net).repeat(2)).abs().median() > 1e-4, "they have moved further than that"
+    assert (one[8:] - weights(tiny(num_class_embeds=11).net).repeat(2)).abs().median() > 1e-4, (
+        "they have moved further than that"
+    )
     printed, early = ended(tmp_path / "stopped", *torchrun, extra=["--stop"])
     assert printed.count("stopped by SIGTERM after step 5") == 2
     assert Checkpoints(tmp_path / "stopped" / "run").steps() == [4, 5]
     assert not torch.equal(early, two)
     _, late = ended(tmp_path / "stopped", *torchrun)
     assert torch.equal(late, two), "stopped on one process, resumed on both"
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_two_processes_drop_the_labels_that_one_drops(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    _, one = ended(tmp_path / "one", sys.executable, extra=["--labels"])
-    _, two = ended(tmp_path / "two", *torchrun, extra=["--labels"])
-    torch.testing.assert_close(two[:8], one[:8], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
 
 # -- labels
@@ -725,13 +714,12 @@ def test_a_fraction_of_the_labels_is_dropped_and_the_rest_of_the_run_is_what_it_
     assert abs((dropped == 2).double().mean() - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
 
 
-@pytest.mark.slow
 def test_with_its_label_an_image_is_predicted_better_than_without():
     images, losses = black_and_white(), {}
     x0, y = to_network(images.pixels), images.labels
     for name, changes, cond in (("none", {}, None), ("labels", dict(num_class_embeds=2), dict(class_labels=y))):
         m = DDPM(tiny(**changes).net, linear_schedule(), predicts="x0")
-        trainer = Trainer(m, images, config(steps=80, batch_size=32))
+        trainer = Trainer(m, images, config(steps=50, batch_size=16))
         trainer.fit()
         with torch.no_grad():
             losses[name] = simple_loss(trainer.ema, x0, rng(1), cond=cond).item()
@@ -777,11 +765,8 @@ def own(seed=0):
 def test_any_module_is_trained_and_its_model_knows_the_images(digits):
     trainer = Trainer(own(), digits, config(steps=60, batch_size=32))
     losses = trainer.fit()
-    assert losses[-15:].mean() < 0.9 * losses[:5].mean() and trainer.m.image_shape == trainer.ema.image_shape == (
-        1,
-        8,
-        8,
-    )
+    assert losses[-15:].mean() < 0.9 * losses[:5].mean()
+    assert trainer.m.image_shape == trainer.ema.image_shape == (1, 8, 8)
 
 
 def test_any_module_is_saved_and_resumed_bit_for_bit(digits, tmp_path):
@@ -801,13 +786,9 @@ def test_any_module_is_saved_and_resumed_bit_for_bit(digits, tmp_path):
     assert torch.equal(weights(again.net), weights(straight.ema.net))
 
 
-@pytest.mark.parametrize(
-    "net", [lambda x_t, t: x_t, torch.nn.Identity(), torch.nn.Conv2d(1, 1, 1).requires_grad_(False)]
-)
+@pytest.mark.parametrize("net", [lambda x_t, t: x_t, torch.nn.Identity(), OwnNet().requires_grad_(False)])
 def test_what_has_no_parameters_to_train_is_refused(digits, net):
-    with pytest.raises(
-        ValueError, match="^m.net must be an nn.Module with parameters to train, got (function|Identity|C)"
-    ):
+    with pytest.raises(ValueError, match=f"^m.net must be an nn.Module with param.*, got {type(net).__name__}"):
         Trainer(DDPM(net, linear_schedule()), digits, config())
 
 
@@ -819,7 +800,8 @@ def test_what_has_no_parameters_to_train_is_refused(digits, net):
     [
         dict(steps=0), dict(batch_size=0), dict(accumulate=0), dict(lr=0.0), dict(lr=math.inf), dict(warmup=-1),
         dict(clip_grad=0.0), dict(ema=1.0), dict(ema=-0.1), dict(seed=-1), dict(save_every=0), dict(keep=0),
-        dict(keep_every=-1), dict(log_every=0), dict(drop_labels=1.0), dict(drop_labels=-0.1), dict(objective="vlb"), dict(precision="fp8"), dict(track="paper"),
+        dict(keep_every=-1), dict(log_every=0), dict(drop_labels=1.0), dict(drop_labels=-0.1),
+        dict(objective="vlb"), dict(precision="fp8"), dict(track="paper"),
         dict(resume=True),
     ],
 )  # fmt: skip
@@ -843,10 +825,8 @@ def test_images_that_do_not_fit_and_folders_that_cannot_be_written_are_refused_b
 
 
 def test_the_settings_have_their_names_in_the_order_of_before():
-    names = (
-        "steps batch_size accumulate objective lr warmup decay clip_grad ema flip seed precision channels_last compile"
-    )
-    names += " out resume save_every keep keep_every log_every track progress"
+    names = "steps batch_size accumulate objective lr warmup decay clip_grad ema flip seed precision channels_last"
+    names += " compile out resume save_every keep keep_every log_every track progress"
     assert [name for name in vars(TrainConfig()) if name != "drop_labels"] == names.split()
 
 
