@@ -255,8 +255,8 @@ def ancestral_sample(
     `clip` limits x0_hat: True, False, a quantile for dynamic thresholding (see `limiter`), None as the model says. After
     each step `callback(t, x_s, x0_hat)` is called. At most `batch_size` images are in work at a time; by default 2^20
     numbers, for which the paper's networks take about 2 GB. `compile` fuses a step by `torch.compile`, once per size of
-    batch; a GPU replays it as one CUDA graph. Raises `ValueError` for `steps` outside 2 … T, an `x_T` or `cond` that does
-    not fit, a network that cannot be compiled or returns numbers that are not finite. Source: Ho et al. 2020, Alg. 2.
+    batch; a GPU replays it as one CUDA graph. Raises `ValueError` for `steps` outside 2 … T, an `x_T` or `cond` that
+    does not fit, a network that cannot be compiled or returns numbers that are not finite. Source: Ho et al. 2020, Alg. 2.
     """
     plan, x = ancestral_plan(m.s, m.variance, steps), initial_noise(m, shape, x_T, generator)
     options = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
