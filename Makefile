@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint export notebooks ablation mutants bench bench-gpu clean
+.PHONY: help install demo test quick lint export notebooks ablation mutants bench bench-gpu clean
 
 help: ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -21,15 +21,23 @@ demo: install ## train on real digits and write samples: a minute or two on two 
 	$(BIN)/python -m ddpm_lit demo $(ARGS)
 
 # Where other work shares the cores, threads that wait actively slow each other down many times over.
-test notebooks: export OMP_WAIT_POLICY = PASSIVE
+test quick notebooks: export OMP_WAIT_POLICY = PASSIVE
 
 # Files of tests, and chapters, side by side: one on each core takes less time than one after the other on all of them.
-test: export OMP_NUM_THREADS = 1
+test quick: export OMP_NUM_THREADS = 1
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
 test: lint ## lint, the tests in tests/, then every notebook run again and compared with what it shows
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --nbval nbs/
+
+# The chapters and tests of the mathematics and of the rules: what a change breaks most often shows here first.
+QUICK_CHAPTERS := $(addprefix nbs/,$(addsuffix .ipynb,00_checks 01_gaussian 02_forward 03_posterior 04_reverse 06_objective))
+QUICK_TESTS := $(addprefix tests/test_,$(addsuffix .py,checks forward ddpm rooms notebooks properties layers unet images))
+
+quick: lint ## a verdict within a minute: lint, the quick tests, the chapters of the mathematics; it names what it took
+	@echo "make quick takes $(QUICK_TESTS) (not those marked slow) and $(QUICK_CHAPTERS)"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not processes" --nbval $(QUICK_TESTS) $(QUICK_CHAPTERS)
 
 lint: install ## check the style of the notebooks and of the code
 	$(BIN)/ruff check
@@ -50,7 +58,7 @@ ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table o
 	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
 
 mutants: install ## change one symbol of an exported cell at a time, and list the changes that nobody notices: ten minutes
-	$(BIN)/python tests/mutants.py $(ARGS)
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 # The peers come without what they require: torchvision, which one of them names, does not import beside a CPU torch.
 build/peers: .venv/installed

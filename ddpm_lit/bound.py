@@ -22,14 +22,14 @@ from ddpm_lit.posterior import q_posterior
 
 
 def discretized_log_prob(g: Gaussian, x: Float[Tensor, "..."], levels: int = 256) -> Float[Tensor, "..."]:
-    """Log-probability, in nats, that a draw of `g` falls in the bin of `x`, one of `levels` bins over [-1, 1].
+    """Return the log-probability, in nats, that a draw of `g` falls in the bin of `x`, one of `levels` over [-1, 1].
 
     The outer bins reach to infinity, so that the bins of an entry sum to one (Ho et al. 2020, Eq. 13).
     """
     half = 1 / (levels - 1)
-    deviation = g.var.sqrt()
-    low = torch.where(x <= -1 + half, -math.inf, (x - half - g.mean) / deviation)
-    high = torch.where(x >= 1 - half, math.inf, (x + half - g.mean) / deviation)
+    std = g.var.sqrt()
+    low = torch.where(x <= -1 + half, -math.inf, (x - half - g.mean) / std)
+    high = torch.where(x >= 1 - half, math.inf, (x + half - g.mean) / std)
     # A bin right of the mean is mirrored to the left, where the tails keep their digits.
     low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
     log_low, log_high = log_ndtr(low), log_ndtr(high)
@@ -37,17 +37,17 @@ def discretized_log_prob(g: Gaussian, x: Float[Tensor, "..."], levels: int = 256
 
 # %% ../nbs/05_bound.ipynb #25
 def per_image(per_entry: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
-    "The sum over all entries of each image."
+    "Return the sum over all entries of each image."
     return reduce(per_entry, "b ... -> b", "sum")
 
 # %% ../nbs/05_bound.ipynb #26
 def bits_per_dim(nats: Float[Tensor, "b ..."], x0: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-    "Nats per image, as bits per entry of an image of `x0`."
+    "Convert nats per image to bits per entry of an image of `x0`."
     return nats / (math.log(2) * x0[0].numel())
 
 # %% ../nbs/05_bound.ipynb #29
 def prior_term(s: Schedule, x0: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
-    "L_T = KL(q(x_T | x_0) ‖ N(0, I)), in nats (Ho et al. 2020, Eq. 5)."
+    "Return L_T = KL(q(x_T | x_0) ‖ N(0, I)), in nats (Ho et al. 2020, Eq. 5)."
     last = q_marginal(s, x0, s.T - 1)
     return per_image(last.kl(Gaussian(torch.zeros_like(last.mean), torch.ones_like(last.var))))
 
@@ -60,26 +60,26 @@ def kl_term(
     clip: bool | None = None,
     cond: dict | None = None,
 ) -> Float[Tensor, "b"]:
-    "L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_theta(x_{t-1} | x_t)) at one x_t, in nats; `t` is 1 … T-1 in code."
+    "Return L_{t-1} = KL(q(x_{t-1} | x_t, x_0) ‖ p_theta(x_{t-1} | x_t)) at one x_t, in nats; `t` is 1 … T-1 in code."
     return per_image(q_posterior(m.s, x0, x_t, t).kl(m.p_step(x_t, t, clip, **(cond or {}))))
 
 
 def decoder_term(
     m: DDPM, x0: Float[Tensor, "b ..."], x_1: Float[Tensor, "b ..."], clip: bool | None = None, cond: dict | None = None
 ) -> Float[Tensor, "b"]:
-    "L_0 = -log p_theta(x_0 | x_1) at one x_1, in nats, for `x0` of 8 bits (Ho et al. 2020, Eq. 13)."
+    "Return L_0 = -log p_theta(x_0 | x_1) at one x_1, in nats, for `x0` of 8 bits (Ho et al. 2020, Eq. 13)."
     return -per_image(discretized_log_prob(m.p_step(x_1, 0, clip, **(cond or {})), x0))
 
-# %% ../nbs/05_bound.ipynb #31
+# %% ../nbs/05_bound.ipynb #32
 class VlbTerms(NamedTuple):
-    "The variational bound of every image by its parts, in bits/dim; `total` is their sum."
+    "Variational bound of every image by its terms, in bits/dim: `total` is `prior`, all `kl` and `decoder` together."
 
     prior: Float[Tensor, "b"]
     kl: Float[Tensor, "b T-1"]
     decoder: Float[Tensor, "b"]
     total: Float[Tensor, "b"]
 
-# %% ../nbs/05_bound.ipynb #32
+# %% ../nbs/05_bound.ipynb #33
 @torch.no_grad()
 def vlb_terms(
     m: DDPM,
@@ -88,10 +88,10 @@ def vlb_terms(
     clip: bool | None = None,
     cond: dict[str, Tensor] | None = None,
 ) -> VlbTerms:
-    """Every term of the bound on -log p(x_0), with one draw of x_t for each image and each t, in bits/dim.
+    """Return every term of the bound on -log p(x_0), with one draw of x_t for each image and each t, in bits/dim.
 
-    `x0` holds 8-bit images in [-1, 1]. `kl[:, i]` compares the two laws of the paper's x_{i+1}; the network is called
-    T times. Source: Ho et al. 2020, Eq. 5.
+    `x0` holds 8-bit images in [-1, 1]. `kl[:, i]` compares the two distributions of the paper's x_{i+1}. `cond` is
+    given to the network, as in `p_step`, at each of its T calls. Source: Ho et al. 2020, Eq. 5.
     """
 
     def noised(t):

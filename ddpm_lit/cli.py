@@ -30,7 +30,8 @@ from ddpm_lit.forward import schedule_by_name
 from ddpm_lit.images import Images, save_animation, save_grid
 from ddpm_lit.loading import StoredImages, load_images, load_images_once
 from ddpm_lit.processes import Stopped, is_main_process, print_main
-from ddpm_lit.sampler import Sampling, draw_batches, draw_trajectory, load_run, sampling_request
+from ddpm_lit.pretrained import load_run
+from ddpm_lit.sampler import Sampling, draw_batches, sampling_request
 from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
 from ddpm_lit.unet import PRESETS, UNet
 

@@ -28,7 +28,7 @@ from ddpm_lit.posterior import (
 
 
 def itself(s: Schedule, x_t, t, x0):
-    "The translation of x_0 to x_0."
+    "Return x_0 unchanged: the translation of x_0 to itself."
     return x0
 
 
@@ -51,24 +51,24 @@ VARIANCES = ("beta", "beta_tilde", "learned")
 
 
 def first_step_patched(s: Schedule) -> Float64[Tensor, "T"]:
-    "`beta_tilde` with its first entry, 0, replaced by the second: a density needs a variance above 0."
+    "Return `beta_tilde` with its first entry, 0, replaced by the second: a density needs a variance above 0."
     table = beta_tilde(s)
     return torch.cat([table[1:2], table[1:]])
 
 
 def reverse_variance(s: Schedule, variance: str, x_t: Float[Tensor, "b ..."], t, v: Tensor | None = None) -> Tensor:
-    "The variance of p_theta(x_{t-1} | x_t): one of `VARIANCES`; `v` in [-1, 1] is needed for the learned one."
+    "Return the variance of p_theta(x_{t-1} | x_t), one of `VARIANCES`; the learned one needs `v` in [-1, 1]."
     if variance == "beta":
         return at(s.beta, t, x_t)
     low = first_step_patched(s)
     if variance == "beta_tilde":
         return at(low, t, x_t)
-    weight = (1 + v) / 2
-    return (weight * at(s.beta.log(), t, x_t) + (1 - weight) * at(low.log(), t, x_t)).exp()
+    fraction = (1 + v) / 2
+    return (fraction * at(s.beta.log(), t, x_t) + (1 - fraction) * at(low.log(), t, x_t)).exp()
 
 # %% ../nbs/04_reverse.ipynb #16
 class _Network(nn.Module):
-    "A network and all that is needed to read its output; what `DDPM` is told when it is made."
+    "Network, schedule, kind of prediction, variance and clipping: the settings of a `DDPM`."
 
     def __init__(
         self, net: Callable, s: Schedule, predicts: str = "eps", variance: str = "beta_tilde", clip: bool = True
@@ -86,25 +86,25 @@ class _Network(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        "The device of the network's parameters; of the schedule where the network has none."
+        "Device of the network's parameters, or of the schedule if the network has none."
         return next(self.parameters(), self.s.beta).device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        "Channels, height and width of an image: as set, or from `net.config`; `ValueError` where neither says."
+        "Channels, height and width of an image: as set, or from `net.config`; `ValueError` if neither is there."
         config = getattr(self.net, "config", None)
         size = config.get("sample_size") if isinstance(config, dict) else None
         if self._shape is None and size is None:
-            raise ValueError("image_shape must be set to (channels, height, width): the network does not say it")
+            raise ValueError("image_shape must be set to (channels, height, width): the network has no config with it")
         return self._shape or (config["in_channels"], *((size, size) if isinstance(size, int) else size))
 
     @image_shape.setter
     def image_shape(self, shape: tuple[int, int, int]) -> None:
         self._shape = tuple(shape)
 
-# %% ../nbs/04_reverse.ipynb #17
+# %% ../nbs/04_reverse.ipynb #19
 class _Denoiser(_Network):
-    "A prediction of x_0 at every (x_t, t)."
+    "A network whose output is read as a prediction of x_0, at every (x_t, t)."
 
     def forward(self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], **cond) -> tuple[Tensor, Tensor | None]:
         "Return the network's prediction and, for a learned variance, the second half of its channels."
@@ -116,7 +116,7 @@ class _Denoiser(_Network):
         return out, v
 
     def x0_hat(self, x_t: Float[Tensor, "b ..."], t, out: Float[Tensor, "b ..."], clip: bool | None = None):
-        "Return the x_0 that the prediction `out` stands for, cut to [-1, 1] where `clip`; None: as the model says."
+        "Return the x_0 that the prediction `out` stands for, clipped to [-1, 1] if `clip` (None: as the model is set)."
         x0 = PREDICTS[self.predicts][0](self.s, x_t, t, out)
         return x0.clamp(-1, 1) if (self.clip if clip is None else clip) else x0
 
@@ -130,15 +130,15 @@ class _Denoiser(_Network):
         other._shape = self._shape
         return other.train(self.training)
 
-# %% ../nbs/04_reverse.ipynb #18
+# %% ../nbs/04_reverse.ipynb #23
 class DDPM(_Denoiser):
     """The reverse process p_theta(x_{t-1} | x_t): a network, a schedule, what it predicts and which variance.
 
     `net` is any callable (x_t, t, **cond) -> tensor shaped like x_t, where t is (b,) integers. `predicts` says what its
     output is: "eps", "x0", "mean" (of the posterior) or "v". `variance` is "beta", "beta_tilde" or "learned"; for the
     last the network returns twice the channels, and the second half interpolates between the other two, in the log.
-    `clip`: whether the predicted x_0 is cut to [-1, 1] unless a call says otherwise. Raises `ValueError` for other
-    words. Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
+    `clip`: whether the predicted x_0 is clipped to [-1, 1], unless a call overrides it. `cond` are tensors with one row
+    per image. Raises `ValueError` for other names. Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
     """
 
     def reverse(self, x_t: Float[Tensor, "b ..."], t, clip: bool | None = None, **cond) -> tuple[Gaussian, Tensor]:
@@ -148,19 +148,24 @@ class DDPM(_Denoiser):
         return Gaussian(q_posterior(self.s, x0, x_t, t).mean, reverse_variance(self.s, self.variance, x_t, t, v)), x0
 
     def p_step(self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], clip: bool | None = None, **cond):
-        "Return p_theta(x_{t-1} | x_t, cond), a `Gaussian`; `clip` is that of `x0_hat`."
+        "Return p_theta(x_{t-1} | x_t, cond), a `Gaussian`; `clip` as in `x0_hat`."
         return self.reverse(x_t, t, clip, **cond)[0]
 
-    # The only looks ahead in this book: chapters 12 and 17 know file formats and samplers.
+    # The only looks ahead: chapters 12 and 17 know file formats and samplers.
     def sample(self, n: int, steps: int | None = None, sampler: str = "ddim", **options) -> UInt8[Tensor, "n c h w"]:
-        "Draw `n` images as pixels; `options` are those of `sample_pixels`: `cond`, `generator` and more."
+        "Draw `n` images as pixels; `options` are those of `sample_pixels`, among them `cond` and `generator`."
         return import_module("ddpm_lit.sampler").sample_pixels(self, n, steps, sampler, **options)
 
     def save_pretrained(self, folder) -> None:
-        "Write the model into a folder, that of a diffusers pipeline where the network is a `UNet`: see `save_ddpm`."
+        "Write the model into a folder: a diffusers pipeline if the network is a `UNet`. See `save_ddpm`."
         import_module("ddpm_lit.pretrained").save_ddpm(self, folder)
 
     @classmethod
     def from_pretrained(cls, source, net: nn.Module | None = None) -> "DDPM":
-        "Read a folder or a model of the Hub; a network that is no `UNet` comes as `net`: see `load_ddpm`."
+        "Read a model from a folder or the Hub; pass a network that is no `UNet` as `net`. See `load_ddpm`."
         return import_module("ddpm_lit.pretrained").load_ddpm(source, net)
+
+# %% ../nbs/04_reverse.ipynb #31
+def two_points(s: Schedule, a: float = 0.8) -> Callable:
+    "Return the exact network for data whose entries are -a or +a with equal odds: it predicts E[x_0 | x_t]."
+    return lambda x_t, t: a * torch.tanh(a * at(s.alpha_bar.sqrt() / (1 - s.alpha_bar), t, x_t) * x_t)

@@ -60,7 +60,8 @@ from ddpm_lit.processes import (
     spawn_generators,
     this_process,
 )
-from ddpm_lit.sampler import draw_batches, load_run, sampling_request
+from ddpm_lit.pretrained import load_run
+from ddpm_lit.sampler import draw_batches, sampling_request
 from ddpm_lit.unet import class_condition
 
 # %% ../nbs/19_evaluation.ipynb #318d5ebf

@@ -20,7 +20,7 @@ from ddpm_lit.posterior import posterior_coefficients, q_posterior
 
 
 def error_factor(s: Schedule, predicts: str) -> Float64[Tensor, "T"]:
-    "How much larger the squared error of a prediction is than that of the x_0 it stands for."
+    "Return the squared error of a prediction, relative to that of the x_0 it stands for, at every t."
     one_of("predicts", predicts, PREDICTS)
     return {
         "eps": s.alpha_bar / (1 - s.alpha_bar),
@@ -31,7 +31,7 @@ def error_factor(s: Schedule, predicts: str) -> Float64[Tensor, "T"]:
 
 # %% ../nbs/06_objective.ipynb #8
 def vlb_weight(s: Schedule, predicts: str = "eps", variance: str = "beta_tilde") -> Float64[Tensor, "T"]:
-    """The weight w of L_{t-1} = w * (squared error of the prediction) + constant, in nats.
+    """Return the weight w of L_{t-1} = w * (squared error of the prediction) + constant, in nats.
 
     `variance` is "beta" or "beta_tilde". The first entry, where the bound has a decoder instead, is by the same
     formula. Source: Ho et al. 2020, Eq. 12.
@@ -42,10 +42,9 @@ def vlb_weight(s: Schedule, predicts: str = "eps", variance: str = "beta_tilde")
 
 # %% ../nbs/06_objective.ipynb #16
 def noised(s: Schedule, x0: Float[Tensor, "b ..."], generator: torch.Generator | None, part: tuple[int, int]):
-    """A random t for each image, the noise eps, and the x_t that they make.
+    """Draw a t and a noise eps for each image; return them with the x_t that they make.
 
-    With `part=(i, k)`, `x0` is the i-th of k equal parts of a batch, and gets its part of what would be drawn for the
-    whole batch.
+    With `part=(i, k)`, `x0` is the i-th of k equal parts of a batch, and gets its part of the batch's draws.
     """
     device = x0.device if generator is None else generator.device
     i, n = part[0], len(x0)
@@ -62,10 +61,11 @@ def simple_loss(
     part: tuple[int, int] = (0, 1),
     cond: dict[str, Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """L_simple: the mean squared error of the prediction at a random t for each image, over batch and entries.
+    """Return L_simple: the mean squared error of the prediction at a random t for each image, over batch and entries.
 
-    One draw of t and of eps for each image; `part` is that of `noised`. For `predicts="eps"` it is Ho et al. 2020,
-    Eq. 14; for the other predictions the same error of their own target. A learned variance gets no gradient from it.
+    One draw of t and of eps for each image; `part` as in `noised`, `cond` as in `p_step`. For `predicts="eps"` it is
+    Ho et al. 2020, Eq. 14; for the other predictions the same error of their own target. A learned variance gets no
+    gradient from it.
     """
     t, eps, x_t = noised(m.s, x0, generator, part)
     return mse_loss(m(x_t, t, **(cond or {}))[0], eps if m.predicts == "eps" else m.target(x_t, t, x0))
@@ -78,10 +78,10 @@ def bound_loss(
     part: tuple[int, int] = (0, 1),
     cond: dict[str, Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """The variational bound without its prior term, in bits/dim: T times one random term of it for each image.
+    """Return the variational bound without its prior term, in bits/dim: T times one random term for each image.
 
     An unbiased estimate, which gives a learned variance its gradient, too. `x0` holds 8-bit images in [-1, 1]; `part`
-    is that of `noised`. The predicted x_0 is not cut. Source: Ho et al. 2020, Eq. 5.
+    as in `noised`, `cond` as in `p_step`. The predicted x_0 is not clipped. Source: Ho et al. 2020, Eq. 5.
     """
     t, _, x_t = noised(m.s, x0, generator, part)
     p = m.p_step(x_t, t, clip=False, **(cond or {}))

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import logging
 import os
 import re
 import signal
@@ -20,11 +21,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from jaxtyping import Float64, Int64
-from torch import Tensor
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor, nn
 
 from ddpm_lit.ddpm import one_of
+
+logger = logging.getLogger("ddpm_lit")
 
 # %% ../nbs/11_processes.ipynb #6
 def environment(name: str, default: str | None = None) -> str | None:
@@ -150,7 +154,26 @@ def make_accelerator(precision: str = "no", track: str = "none", out: str | None
     kwargs = dict(mixed_precision=precision, log_with=written or None, project_dir=out)
     return import_accelerate().Accelerator(cpu=cpu, **kwargs)
 
+# %% ../nbs/11_processes.ipynb #22
+@contextlib.contextmanager
+def tracking(accelerator, settings: dict | None, step: int) -> Iterator[None]:
+    "Open the trackers of a run at `step`, without what an earlier attempt wrote of later steps; close them on exit."
+    accelerator.init_trackers("curves", settings, {"tensorboard": {"purge_step": step + 1}})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
 # %% ../nbs/11_processes.ipynb #23
+def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
+    "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
+    batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]
+    for tracker in accelerator.trackers:
+        order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": batch}, step, **order)
+
+# %% ../nbs/11_processes.ipynb #27
 def shard_batches(
     n: int, batch_size: int, process: tuple[int, int] | None = None
 ) -> list[tuple[int, Int64[Tensor, "b"]]]:
@@ -169,7 +192,7 @@ def undo_sharding(by_process: list[list]) -> list:
     rounds = itertools.zip_longest(*by_process)
     return [item for items in rounds for item in items if item is not None]
 
-# %% ../nbs/11_processes.ipynb #26
+# %% ../nbs/11_processes.ipynb #30
 SEED_STRIDE = 0x9E3779B9
 
 
@@ -183,7 +206,7 @@ def spawn_generators(generator: torch.Generator | None, k: int, device="cpu") ->
     starts = torch.randint(2**31, (k,), generator=generator, device=generator and generator.device)
     return [torch.Generator(device).manual_seed(start) for start in starts.tolist()]
 
-# %% ../nbs/11_processes.ipynb #31
+# %% ../nbs/11_processes.ipynb #35
 def all_reduce_sum(x: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
     "Return the sum of `x` over all processes, each of which must call this."
     if this_process().num_processes == 1:
@@ -211,21 +234,21 @@ def compute_once(make: Callable):
 
     return broadcast_object_list([make() if is_main_process() else None])[0]
 
-# %% ../nbs/11_processes.ipynb #34
+# %% ../nbs/11_processes.ipynb #38
 @contextlib.contextmanager
 def raise_on_all_ranks(accelerator, what: str):
     "If writing `what` fails on one rank, raise OSError on all, so that none hangs in the next collective."
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
     from safetensors import SafetensorError
 
-    message = [None]
+    message = None
     try:
         yield
     except (OSError, SafetensorError) as error:
-        message = [f"{what} could not be written: {error}"]
-    broadcast_object_list(message)
-    if message[0]:
-        raise OSError(message[0])
+        message = f"{what} could not be written: {error}"
+    failures = [text for text in gather_object([message]) if text]
+    if failures:
+        raise OSError(failures[0])
 
 
 def check_same_step(accelerator, step: int) -> None:
@@ -234,7 +257,7 @@ def check_same_step(accelerator, step: int) -> None:
     if len(set(steps)) > 1:
         raise ValueError(f"out must be one folder that all processes see: they would begin at the steps {steps}")
 
-# %% ../nbs/11_processes.ipynb #37
+# %% ../nbs/11_processes.ipynb #41
 @contextlib.contextmanager
 def fork_rng(seed: int, device: torch.device, state: list[Tensor] | None = None):
     "Fork torch's global RNG (dropout uses it): seed it, or restore `state`, and put the old state back on exit."
@@ -251,7 +274,39 @@ def rng_state(device: torch.device) -> list[Tensor]:
     "Return the state of torch's global generators: that of the CPU and, if `device` is a GPU, that of the GPU."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
-# %% ../nbs/11_processes.ipynb #40
+# %% ../nbs/11_processes.ipynb #44
+class Borrowed:
+    "Train mode of `net`, and torch's global generators in a state of the run's own, which starts at `seed`."
+
+    def __init__(self, net: nn.Module, seed: int, device: torch.device):
+        self.net, self.device, self.in_use = net, device, False
+        with fork_rng(seed, device):
+            self.state = rng_state(device)
+
+    def random(self) -> list[Tensor]:
+        "Return the state of the run's own generators, in use or not."
+        return rng_state(self.device) if self.in_use else self.state
+
+    def restore(self, state: list[Tensor]) -> None:
+        "Let the run's own generators continue from `state`, before they are in use."
+        # set_rng_state reads a view's whole storage; clone to keep only its own bytes
+        self.state = [value.clone().cpu() for value in state]
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        "Put both in place; put the caller's back on exit."
+        modes = {part: part.training for part in self.net.modules()}
+        with fork_rng(0, self.device, self.state):
+            try:
+                self.net.train()
+                self.in_use = True
+                yield
+            finally:
+                self.state, self.in_use = rng_state(self.device), False
+                for part, mode in modes.items():
+                    part.training = mode
+
+# %% ../nbs/11_processes.ipynb #47
 class Stopped(KeyboardInterrupt):
     "Raised at the end of a step after the signal of number `signal`, when everything has been saved."
 
@@ -285,7 +340,15 @@ def catch_signals(patient: bool) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/11_processes.ipynb #44
+# %% ../nbs/11_processes.ipynb #51
+@contextlib.contextmanager
+def run_context(accelerator, borrowed: Borrowed, settings: dict | None, step: int) -> Iterator[list[int]]:
+    "Surround the loop of a run at `step`, with `settings` for its trackers; yield the list of the signals caught."
+    with borrowed.use(), tracking(accelerator, settings, step):
+        with catch_signals(patient=accelerator.num_processes > 1) as caught:
+            yield caught
+
+# %% ../nbs/11_processes.ipynb #54
 def any_signal(accelerator, caught: list[int], due: bool) -> int:
     "Return the number of a signal that any process has caught, else 0; several GPUs ask each other only if `due`."
     if accelerator.num_processes == 1:
@@ -294,7 +357,7 @@ def any_signal(accelerator, caught: list[int], due: bool) -> int:
         return 0
     return int(accelerator.gather(torch.tensor(caught[:1] or [0], device=accelerator.device)).max())
 
-# %% ../nbs/11_processes.ipynb #47
+# %% ../nbs/11_processes.ipynb #57
 def progress_bar(
     disable: bool, desc: str, total: int | None, unit: str, initial: int = 0, unit_scale: bool = False
 ):  # fmt: skip
@@ -306,3 +369,73 @@ def progress_bar(
 
     kwargs = dict(desc=desc, total=total, unit=unit, initial=initial, unit_scale=unit_scale)
     return tqdm(**kwargs, disable=disable or not is_main_process())
+
+# %% ../nbs/11_processes.ipynb #60
+MAX_SKIPPED = 20
+
+
+def check_skipped(finite: list[bool], start: int) -> None:
+    "Raise FloatingPointError if `MAX_SKIPPED` steps in a row are not finite; `finite[0]` is that of step `start`."
+    in_a_row = 0
+    for step, fine in enumerate(finite, start):
+        in_a_row = 0 if fine else in_a_row + 1
+        if in_a_row == MAX_SKIPPED:
+            first = step - MAX_SKIPPED + 1
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite in {MAX_SKIPPED} steps in a row, from step {first} on"
+            )
+
+# %% ../nbs/11_processes.ipynb #62
+class _LossRecord:
+    "Loss and gradient norm of each of `steps` steps, stored on the device."
+
+    def __init__(self, steps: int, device: torch.device):
+        self.losses, self.norms = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
+        self.skipped = self.at = 0  # skipped steps, and the step of the last reading
+
+    def restore(self, losses: Float[Tensor, "n"], norms: Float[Tensor, "n"]) -> None:
+        "Continue after steps that gave `losses` and `norms`."
+        self.at = n = len(losses)
+        self.losses[:n], self.norms[:n] = losses, norms
+        self.skipped = int((~(losses + norms).isfinite()).sum())
+
+    def read(self, step: int) -> list[float]:
+        "Return mean loss and norm over the steps since the last reading, without skipped ones; see `check_skipped`."
+        start = max(0, self.at - MAX_SKIPPED + 1)
+        both = torch.stack([self.losses[start:step], self.norms[start:step]]).cpu()
+        finite = both.isfinite().all(0)
+        check_skipped(finite.tolist(), start + 1)
+        new, both = finite[self.at - start :], both[:, self.at - start :]
+        self.at, self.skipped = step, self.skipped + int((~new).sum())
+        if not new.all():
+            logger.warning("step %d: %d of the last %d updates skipped, not finite", step, (~new).sum(), len(new))
+        return both[:, new].mean(1).tolist()
+
+# %% ../nbs/11_processes.ipynb #63
+class TrainingLog(_LossRecord):
+    "The record of a run of `steps` steps, read every `every` steps, with a progress bar."
+
+    def __init__(self, steps: int, every: int, device: torch.device):
+        super().__init__(steps, device)
+        self.every, self.since = every, None
+
+    def open_bar(self, images: int, done: int, disable: bool):
+        "Return a progress bar over the images of the whole run, `images` per step, for a `with`."
+        total, self.images = len(self.losses) * images, images
+        self.bar = progress_bar(disable, "training", total, "img", done * images, unit_scale=True)
+        return self.bar
+
+    def add(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> dict[str, float] | None:
+        "Store what `step`, counted from 1, gave; return the metrics since the last reading if a new one is due."
+        self.losses[step - 1], self.norms[step - 1] = loss, norm
+        self.bar.update(self.images)
+        return None if step % self.every and step < len(self.losses) else self.report(step, *self.read(step))
+
+    def report(self, step: int, loss: float, norm: float) -> dict[str, float]:
+        "Show the mean loss in the bar; return it with the mean norm, the number of skipped steps, and the speed."
+        shown = dict(step=f"{step}/{len(self.losses)}", loss=f"{loss:.4f}")
+        self.bar.set_postfix(**shown | (dict(skipped=self.skipped) if self.skipped else {}), refresh=False)
+        now, before = time.perf_counter(), self.since
+        self.since = (now, step)
+        speed = {} if before is None else {"images/s": self.images * (step - before[1]) / (now - before[0])}
+        return dict(loss=loss, gradient=norm, skipped=self.skipped) | speed

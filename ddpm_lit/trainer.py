@@ -5,334 +5,323 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'Trainer']
 
-# %% ../nbs/16_training.ipynb #2
+# %% ../nbs/16_training.ipynb #3
 import contextlib
+import copy
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import ddpm_lit
 from ddpm_lit.ddpm import DDPM, one_of
-from ddpm_lit.files import Checkpoints, atomic_folder, writable_folder
+from ddpm_lit.files import Checkpoints, atomic_folder, read_json, writable_folder
 from ddpm_lit.images import Images, image_grid, save_grid
-from ddpm_lit.loading import ImageBatches
+from ddpm_lit.loading import ImageBatches, StoredImages
 from ddpm_lit.objective import bound_loss, simple_loss
 from ddpm_lit.processes import (
+    Borrowed,
     Stopped,
+    TrainingLog,
     any_signal,
-    catch_signals,
     check_same_step,
-    fork_rng,
     make_accelerator,
     raise_on_all_ranks,
-    rng_state,
+    run_context,
+    track_picture,
 )
-from ddpm_lit.unet import UNet
+from ddpm_lit.unet import UNet, class_condition
 
-# %% ../nbs/16_training.ipynb #4
 logger = logging.getLogger("ddpm_lit")
 
-
+# %% ../nbs/16_training.ipynb #9
 OBJECTIVES = {"simple": simple_loss, "bound": bound_loss}
 
-# %% ../nbs/16_training.ipynb #10
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """The settings of a training run. `ValueError`, naming the field, for values that make no sense."""
+class _Recipe:
+    "The settings of a training run that decide what is learned."
 
     steps: int = 10_000
-    """how many steps (gradient updates) in all"""
+    """optimizer steps in total"""
     batch_size: int = 128
-    """images in a batch, on each process"""
+    """images per batch, on each process"""
     accumulate: int = 1
-    """batches whose gradients are added up for one step: a batch so many times as large, in the same memory"""
+    """gradient accumulation: batches per step; the batch is this many times larger, in the same memory"""
     objective: Literal["simple", "bound"] = "simple"
-    """simple: the squared error of the paper's Eq. 14; bound: the variational bound, which teaches a variance, too"""
+    """simple: the squared error of Ho et al. 2020, Eq. 14; bound: the variational bound, which trains variances, too"""
     lr: float = 2e-4
     """learning rate of Adam"""
     warmup: int = 500
-    """steps in which the learning rate rises in a line to its value; the paper takes 5000"""
+    """steps over which the learning rate rises linearly to its value; the paper takes 5000"""
     decay: bool = False
-    """let the learning rate fall in a line to 0 at the last step: better where there are few steps"""
+    """let the learning rate fall linearly to 0 at the last step: better for short runs"""
     clip_grad: float = 1.0
-    """largest norm of the gradient; a longer one is scaled down to it"""
+    """maximum norm of the gradient; a larger gradient is scaled down to it"""
     ema: float = 0.9999
-    """decay of the moving average of the weights, once (1 + n) / (10 + n) has grown to it; 0 averages nothing"""
+    """decay of the moving average of the weights, once (1 + n) / (10 + n) has risen to it; 0 averages nothing"""
     flip: bool = False
     """mirror half of the images left to right: right for photographs, wrong for digits"""
+    drop_labels: float = 0.0
+    """fraction of labels replaced by the null label, for a network with one class more than the images have"""
     seed: int = 0
-    """start of every random number of the run"""
+    """seed of all random numbers of the run"""
+
+    def lr_at(self, step: int) -> float:
+        "Return the learning rate of step `step`, counted from 0."
+        fall = 1 - step / self.steps if self.decay else 1.0
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * fall
+
+# %% ../nbs/16_training.ipynb #12
+@dataclass(frozen=True)
+class TrainConfig(_Recipe):
+    "The settings of a training run; ValueError, naming the field, for values that make no sense."
+
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """mixed precision: float32 throughout (no), or bfloat16 or float16 where accelerate thinks it safe"""
+    """mixed precision: float32 throughout (no), or bfloat16 or float16 where accelerate considers it safe"""
     channels_last: bool = False
-    """keep the channels of a pixel side by side in memory: faster on GPUs, with bf16 above all"""
+    """store the channels of a pixel side by side in memory: faster on GPUs, above all with bf16"""
     compile: bool = False
-    """let torch.compile fuse the network: minutes at the start, faster steps on GPUs"""
+    """compile the network with torch.compile: minutes at the start, faster steps on GPUs"""
     out: str | None = None
     """folder for the model and the state of the run; without it nothing is written"""
     resume: bool = False
-    """go on with the run that is in the folder, from its newest whole checkpoint"""
+    """resume the run in `out` from its latest valid checkpoint"""
     save_every: int = 1000
-    """steps between two checkpoints; there is one at the end in any case"""
+    """steps between two checkpoints; the last step always has one"""
     keep: int = 2
-    """how many of the newest checkpoints to keep"""
+    """number of latest checkpoints to keep"""
     keep_every: int = 0
-    """keep for good the checkpoints at the multiples of so many steps; 0: none"""
+    """also keep the checkpoints whose step is a multiple of this; 0: none"""
     log_every: int = 50
     """steps between two readings of the loss (reading it makes a GPU wait)"""
     track: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
-    """what draws the curves of the run; auto: TensorBoard where it is installed"""
+    """tracker that draws the curves of the run; auto: TensorBoard where it is installed"""
     progress: bool = True
     """show a progress bar"""
 
     def __post_init__(self):
         check_config(self)
 
-    def lr_at(self, step: int) -> float:
-        "The learning rate of step `step`, counted from 0."
-        fall = 1 - step / self.steps if self.decay else 1.0
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * fall
-
-# %% ../nbs/16_training.ipynb #11
+# %% ../nbs/16_training.ipynb #13
 def check_config(c: TrainConfig) -> None:
-    "Raise `ValueError`, naming the field, where one of `c` makes no sense."
-    for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
-    for name in ("warmup", "seed", "keep_every"):
-        if getattr(c, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(c, name)}")
+    "Raise ValueError, naming the field, where a value of `c` makes no sense."
+    least = dict(steps=1, batch_size=1, accumulate=1, warmup=0, seed=0, save_every=1, keep=1, keep_every=0, log_every=1)
+    for name, low in least.items():
+        if getattr(c, name) < low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(c, name)}")
     for name in ("lr", "clip_grad"):
         if not 0 < getattr(c, name) < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {getattr(c, name)}")
-    if not 0 <= c.ema < 1:
-        raise ValueError(f"ema must lie in [0, 1), got {c.ema}")
+    for name in ("ema", "drop_labels"):
+        if not 0 <= getattr(c, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(c, name)}")
     one_of("objective", c.objective, OBJECTIVES)
     one_of("precision", c.precision, ("no", "bf16", "fp16"))
     one_of("track", c.track, ("auto", "none", "tensorboard", "wandb"))
     if c.resume and c.out is None:
         raise ValueError("resume must come with out, the folder of the run")
 
-# %% ../nbs/16_training.ipynb #17
+# %% ../nbs/16_training.ipynb #18
 def ema_update(decay: float) -> Callable:
-    """The update of a moving average, for `AveragedModel(multi_avg_fn=…)`.
-
-    After n earlier updates the decay is `min(decay, (1 + n) / (10 + n))`, so that short runs are averaged too.
-    """
+    "Return the update of a moving average, for `AveragedModel`; the n-th has decay min(decay, (1 + n) / (10 + n))."
 
     @torch.no_grad()
     def update(average: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        weight = 1 - torch.clamp((1 + n) / (10 + n), max=decay)
+        step = 1 - torch.clamp((1 + n) / (10 + n), max=decay)
         difference = torch._foreach_sub(current, average)
-        torch._foreach_mul_(difference, weight)
+        torch._foreach_mul_(difference, step)
         torch._foreach_add_(average, difference)
 
     return update
 
-# %% ../nbs/16_training.ipynb #21
-MAX_SKIPPED = 20
+# %% ../nbs/16_training.ipynb #26
+def drop_labels(labels: Int64[Tensor, "b"], null: int, fraction: float, generator: torch.Generator, part=(0, 1)):
+    "Return `labels` with a random `fraction` of them replaced by `null`; `part` is (rank, number of processes)."
+    rank, n = part[0], len(labels)
+    drawn = torch.rand(part[1] * n, generator=generator, device=labels.device)[rank * n : (rank + 1) * n]
+    return torch.where(drawn < fraction, null, labels)
 
-# %% ../nbs/16_training.ipynb #22
-class TrainingLog:
-    """Loss and gradient norm of every one of `steps` steps, kept on the device, and read every `every` steps.
+# %% ../nbs/16_training.ipynb #29
+def net_config(net: nn.Module) -> dict:
+    "Return the configuration of a network, {} where it has none."
+    config = getattr(net, "config", None)
+    return config if isinstance(config, dict) else {}
 
-    A step in which one of them is not finite was skipped. `MAX_SKIPPED` skipped in a row raise `FloatingPointError`.
-    """
 
-    def __init__(self, steps: int, every: int, device: torch.device):
-        self.losses, self.norms = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
-        self.every, self.skipped, self.at, self.since = every, 0, 0, None
+def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> None:
+    "Raise ValueError where the labels of `images` do not fit the network, or a fraction `drop` cannot be dropped."
+    rows = net_config(net).get("num_class_embeds")
+    if rows is None:
+        if drop > 0:
+            raise ValueError(f"drop_labels must be 0 for a network without num_class_embeds, got {drop}")
+        return
+    if images.labels is None:
+        raise ValueError(f"images must have labels for a network with num_class_embeds={rows}, got {images!r}")
+    low, high = images.labels.min().item(), images.labels.max().item()
+    if low < 0 or high >= rows:
+        raise ValueError(f"labels must lie in 0 … {rows - 1} for num_class_embeds={rows}, got {low} … {high}")
+    classes = max(len(images.classes), high + 1)
+    if drop > 0 and rows != classes + 1:
+        raise ValueError(f"drop_labels must be 0 unless num_class_embeds is {classes} + 1 (a null label), got {rows}")
 
-    def bar(self, images: int, done: int, shown: bool):
-        "A progress bar over the images of the whole run, `images` in a step; to be used in a `with`."
-        from tqdm import tqdm
 
-        self.images, steps = images, len(self.losses)
-        told = dict(unit="img", unit_scale=True, initial=done * images, total=steps * images, disable=not shown)
-        self.shown = tqdm(desc="training", **told)
-        return self.shown
+def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
+    "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
+    if not isinstance(m.net, nn.Module) or not any(p.requires_grad for p in m.net.parameters()):
+        raise ValueError(f"m.net must be an nn.Module with parameters to train, got {type(m.net).__name__}")
+    if m.variance == "learned" and c.objective == "simple":
+        raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
+    if isinstance(m.net, UNet):
+        m.net.check_images(torch.empty(1, *images.shape, device="meta"))
+    check_labels(m.net, images, c.drop_labels)
 
-    def add(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> dict[str, float] | None:
-        "Keep what `step`, counted from 1, gave. Returns means since the last reading where a new one is due, or None."
-        self.losses[step - 1], self.norms[step - 1] = loss, norm
-        self.shown.update(self.images)
-        return None if step % self.every and step < len(self.losses) else self.read(step)
+# %% ../nbs/16_training.ipynb #32
+def with_prefix(state: dict, prefix: str) -> dict:
+    "Return the entries of `state` whose name starts with `prefix`, without it."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
-    def read(self, step: int) -> dict[str, float]:
-        "What is new since the reading before `step`."
-        start = max(0, self.at - MAX_SKIPPED + 1)
-        both = torch.stack([self.losses[start:step], self.norms[start:step]]).cpu()
-        finite = both.isfinite().all(0)
-        row = 0
-        for i, fine in enumerate(finite.tolist(), start=start + 1):
-            row = 0 if fine else row + 1
-            if row == MAX_SKIPPED:
-                what = "the loss or its gradient is not finite"
-                raise FloatingPointError(f"{what} in {MAX_SKIPPED} steps in a row, from step {i - MAX_SKIPPED + 1} on")
-        new, both = finite[self.at - start :], both[:, self.at - start :]
-        self.at = step
-        self.skipped += int((~new).sum())
-        if not new.all():
-            logger.warning("step %d: %d of the last %d updates skipped, not finite", step, (~new).sum(), len(new))
-        loss, norm = both[:, new].mean(1).tolist()
-        shown = dict(step=f"{step}/{len(self.losses)}", loss=f"{loss:.4f}")
-        self.shown.set_postfix(**shown | (dict(skipped=self.skipped) if self.skipped else {}), refresh=False)
-        now, before = time.perf_counter(), self.since
-        self.since = (now, step)
-        speed = {} if before is None else {"images/s": self.images * (step - before[1]) / (now - before[0])}
-        return dict(loss=loss, gradient=norm, skipped=self.skipped) | speed
 
-# %% ../nbs/16_training.ipynb #28
-class Learner:
-    """What a step of training changes: the network `net`, its average `m.net`, Adam, random numbers and counts."""
+class _TrainingStep:
+    "What a step changes: the network `net` of `m`, its average in `ema`, Adam, random numbers, and the counts."
 
-    def __init__(self, m: DDPM, c: TrainConfig, accelerator):
-        self.m, self.config, self.accelerator, self.device = m, c, accelerator, accelerator.device
+    def __init__(self, m: DDPM, config: TrainConfig, accelerator):
+        self.m, self.config, self.accelerator, self.device = m, config, accelerator, accelerator.device
         self.process = (accelerator.process_index, accelerator.num_processes)
-        self.net = m.to(self.device).net.train()
-        if c.channels_last:
+        self.net = m.to(self.device).net
+        if config.channels_last:
             self.net.to(memory_format=torch.channels_last)
-        self.average = AveragedModel(self.net, multi_avg_fn=ema_update(c.ema))
-        m.net = self.average.module
-        m.eval()
-        self.optimizer = torch.optim.Adam(self.net.parameters(), c.lr, fused=True)  # one kernel for all tensors
-        self.noise = torch.Generator(self.device).manual_seed(c.seed)
-        self.random: list[Tensor] | None = None  # the state of torch's own generators, in a run that goes on
+        self.average = AveragedModel(self.net, multi_avg_fn=ema_update(config.ema))
+        self.ema = m.with_net(self.average.module).eval()
+        self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr, fused=True)  # one kernel for all tensors
+        self.noise = torch.Generator(self.device).manual_seed(config.seed)
+        self.borrowed = Borrowed(self.net, config.seed + self.process[0], self.device)
         self.step = self.seen = 0
-        self.images_a_step = c.batch_size * c.accumulate * self.process[1]
-        self.log = TrainingLog(c.steps, c.log_every, self.device)
-
-    def gradient(self, model: DDPM, batches: Iterator[Tensor]) -> Float[Tensor, ""]:
-        "The gradient of the objective, added up over the batches of a step; returns the mean loss over all processes."
-        total, parts, objective = 0.0, self.config.accumulate, OBJECTIVES[self.config.objective]
-        for i in range(parts):
-            x0 = next(batches)
-            if self.config.channels_last:
-                x0 = x0.contiguous(memory_format=torch.channels_last)
-            with self.accelerator.no_sync(model.net) if i < parts - 1 else contextlib.nullcontext():
-                loss = objective(model, x0, self.noise, self.process) / parts
-                self.accelerator.backward(loss)
-            total = total + loss.detach()
-        return self.accelerator.reduce(total, "mean")
+        self.images_per_step = config.batch_size * config.accumulate * self.process[1]
+        self.log = TrainingLog(config.steps, config.log_every, self.device)
 
     def update(self, optimizer, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
-        """A step of Adam, at this step's learning rate, and of the average.
-
-        Adam passes where `loss` or the gradient's `norm` is not finite: the device decides, and nobody waits for it.
-        """
+        "Take a step of Adam, and update the average; Adam skips the step where `loss` or `norm` is not finite."
         for group in optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         if self.accelerator.scaler is None:  # the scaler of fp16 sees to this by itself
-            self.optimizer.found_inf = (~(loss + norm).isfinite()).float()
+            self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # read on the device: nobody waits for it
         optimizer.step()
         optimizer.zero_grad()
         self.average.update_parameters(self.net)
-        self.step += 1
-        self.seen += self.images_a_step
+        self.step, self.seen = self.step + 1, self.seen + self.images_per_step
 
-# %% ../nbs/16_training.ipynb #29
-def training_state(learner: Learner) -> dict[str, Tensor]:
-    "All that changes in training and is not in `learner.m`, as tensors by name. Every process must call it."
-    state = {f"net.{name}": value for name, value in learner.net.state_dict().items()}
-    for i, values in learner.optimizer.state_dict()["state"].items():
-        state |= {f"adam.{i}.{name}": value for name, value in values.items()}
-    state |= dict(losses=learner.log.losses[: learner.step], norms=learner.log.norms[: learner.step])
-    for kind, value in zip(("cpu", "cuda"), rng_state(learner.device), strict=False):
-        state[f"random.{kind}"] = learner.accelerator.gather(value.to(learner.device)[None])  # (processes, bytes)
-    return state | dict(noise=learner.noise.get_state())
+# %% ../nbs/16_training.ipynb #37
+class _TrainingState(_TrainingStep):
+    "A training step whose state can be saved and restored; every process must take part in both."
+
+    def state_dict(self) -> dict:
+        """Return all that training changes, by name.
+
+        Tensors: `net.*`, `ema.*`, `adam.*`, the `losses` and `norms` of all steps, and generators: `noise`, `random.*`
+        (a row for each process). Numbers: `step`, `seen`, and with fp16 the dict `scale`.
+        """
+        adam = self.optimizer.state_dict()["state"]
+        state = {f"adam.{i}.{name}": value for i, values in adam.items() for name, value in values.items()}
+        for prefix, m in (("net", self.m), ("ema", self.ema)):
+            state |= {f"{prefix}.{name}": value for name, value in m.net.state_dict().items()}
+        for kind, value in zip(("cpu", "cuda"), self.borrowed.random(), strict=False):
+            state[f"random.{kind}"] = self.accelerator.gather(value.to(self.device)[None])  # (processes, bytes)
+        state |= dict(losses=self.log.losses[: self.step], norms=self.log.norms[: self.step])
+        scale = dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
+        return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen) | scale
+
+    def load_state_dict(self, state: dict) -> None:
+        "Restore what `state_dict` returned, before `fit`; ValueError where that has done more than `config.steps`."
+        adam, parameters, (rank, processes) = {}, list(self.net.parameters()), self.process
+        if state["step"] > self.config.steps:
+            raise ValueError(f"steps must be at least the {state['step']} that are done, got {self.config.steps}")
+        for name, value in with_prefix(state, "adam.").items():
+            i, key = name.split(".")
+            like = parameters[int(i)] if value.shape == parameters[int(i)].shape else value
+            adam.setdefault(int(i), {})[key] = torch.empty_like(like).copy_(value)  # fused Adam ignores strides
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
+        for prefix, m in (("net.", self.m), ("ema.", self.ema)):
+            m.net.load_state_dict(with_prefix(state, prefix))
+        if len(state["random.cpu"]) == processes:  # else each process starts its own anew
+            self.borrowed.restore([rows[rank] for rows in with_prefix(state, "random.").values()])
+        if state.get("scale") and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scale"])
+        self.noise.set_state(state["noise"])
+        self.step, self.seen = state["step"], state["seen"]
+        self.average.n_averaged.fill_(self.step)
+        self.log.restore(state["losses"], state["norms"])
+
+# %% ../nbs/16_training.ipynb #40
+def run_metadata(trainer: "Trainer", state: dict) -> dict:
+    "Return what a checkpoint says about its run in words and numbers."
+    numbers = dict(version=ddpm_lit.__version__, step=state["step"], seen=state["seen"], scale=state.get("scale"))
+    return numbers | dict(processes=trainer.process[1], images=repr(trainer.images), config=asdict(trainer.config))
 
 
-def load_state(learner: Learner, average: DDPM, state: dict[str, Tensor], step: int, seen: int) -> None:
-    "Take back what `training_state` gave after `step` steps and `seen` images, and the average from a model."
-    adam = {}
-    for name in [name for name in state if name.startswith("adam.")]:
-        _, i, key = name.split(".")
-        adam.setdefault(int(i), {})[key] = state[name]
-    learner.net.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("net.")})
-    learner.average.module.load_state_dict(average.net.state_dict())
-    learner.average.n_averaged.fill_(step)
-    groups = learner.optimizer.state_dict()["param_groups"]
-    learner.optimizer.load_state_dict({"state": adam, "param_groups": groups})
-    learner.noise.set_state(state["noise"])
-    learner.step, learner.seen, log = step, seen, learner.log
-    log.losses[:step], log.norms[:step], log.at = state["losses"], state["norms"], step
-    log.skipped = int((~(state["losses"] + state["norms"]).isfinite()).sum())
-    mine, processes = learner.process
-    if len(state["random.cpu"]) == processes:
-        # torch takes a view for what it is a view of: so clones
-        learner.random = [state[kind][mine].clone() for kind in ("random.cpu", "random.cuda") if kind in state]
+def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
+    "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
+    from safetensors.torch import save_file
 
-# %% ../nbs/16_training.ipynb #33
-NOT_COMPARED = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress")
+    ema.save_pretrained(folder)
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value) and not name.startswith("ema.")}
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    save_file(tensors, folder / "training.safetensors")
+    (folder / "training.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
 
 
-def check_same_model(m: DDPM, before: DDPM) -> None:
-    "Raise `ValueError`, naming the first difference, unless `before` is a model of the same make as `m`."
-    pairs = {name: (getattr(m, name), getattr(before, name)) for name in ("predicts", "variance", "clip")}
-    pairs |= {name: (value, before.net.config[name]) for name, value in m.net.config.items()}
-    for name, (now, then) in pairs.items():
-        if now != then:
-            raise ValueError(f"{name} must be {then!r}, as in the run that is to go on; got {now!r}")
-    if m.s.T != before.s.T or not torch.allclose(m.s.beta.cpu(), before.s.beta, rtol=1e-6):
-        raise ValueError("the schedule must be that of the run that is to go on")
-
-
-def run_metadata(learner: Learner, images: Images) -> dict:
-    "What a checkpoint tells about its run in words and numbers."
-    scaler = learner.accelerator.scaler
-    return dict(
-        version=ddpm_lit.__version__,
-        step=learner.step,
-        seen=learner.seen,
-        processes=learner.process[1],
-        images=repr(images),
-        scale=scaler and scaler.state_dict(),
-        config=asdict(learner.config),
-    )
-
-# %% ../nbs/16_training.ipynb #34
-def resume_run(learner: Learner, images: Images, folder: Path) -> None:
-    """Bring `learner` to where it was when the checkpoint `folder` was written, and log what differs from then.
-
-    `ValueError` where that is the model, or more steps are done than are to be.
-    """
+def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
+    "Return the model, the state and the metadata that `write_checkpoint` wrote; a network like `net` was trained."
     from safetensors.torch import load_file
 
-    then, now = json.loads((folder / "training.json").read_text(encoding="utf-8")), run_metadata(learner, images)
-    if then["step"] > now["config"]["steps"]:
-        raise ValueError(f"steps must be at least the {then['step']} that are done, got {now['config']['steps']}")
-    before = DDPM.from_pretrained(folder)
-    check_same_model(learner.m, before)
-    load_state(learner, before, load_file(folder / "training.safetensors"), then["step"], then["seen"])
-    if then["scale"] and now["scale"]:
-        learner.accelerator.scaler.load_state_dict(then["scale"])
-    old, new = ({name: facts[name] for name in ("processes", "images")} | facts["config"] for facts in (then, now))
-    for name in new.keys() & old.keys() - set(NOT_COMPARED):
-        if new[name] != old[name]:
-            logger.warning("the run goes on with %s %s, and not %s as before", name, new[name], old[name])
+    metadata = read_json(folder / "training.json")
+    ema = DDPM.from_pretrained(folder, net=None if isinstance(net, UNet) else copy.deepcopy(net))
+    state = load_file(folder / "training.safetensors") | {f"ema.{k}": x for k, x in ema.net.state_dict().items()}
+    return ema, state | {name: metadata[name] for name in ("step", "seen", "scale")}, metadata
 
-# %% ../nbs/16_training.ipynb #36
-def open_checkpoints(c: TrainConfig, m: DDPM) -> Checkpoints | None:
-    "The checkpoints in `c.out`; `ValueError` where it cannot be written, or holds a run that is not to go on."
+# %% ../nbs/16_training.ipynb #43
+def check_same_model(m: DDPM, before: DDPM) -> None:
+    "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
+    pairs = {name: (getattr(m, name), getattr(before, name)) for name in ("predicts", "variance", "clip")}
+    then = net_config(before.net)
+    pairs |= {name: (value, then[name]) for name, value in net_config(m.net).items() if name in then}
+    for name, (new, old) in pairs.items():
+        if new != old:
+            raise ValueError(f"{name} must be {old!r}, as in the run to be resumed; got {new!r}")
+    if m.s.T != before.s.T or not torch.allclose(m.s.beta.cpu(), before.s.beta, rtol=1e-6):
+        raise ValueError("the schedule must be that of the run to be resumed")
+
+
+def resume_run(trainer: "Trainer", folder: Path) -> None:
+    "Restore `trainer` from the checkpoint `folder`; log settings that differ, ValueError where the model does."
+    before, state, old = read_checkpoint(folder, trainer.net)
+    check_same_model(trainer.m, before)
+    trainer.load_state_dict(state)
+    new = run_metadata(trainer, state)
+    old, new = ({k: x[k] for k in ("processes", "images")} | asdict(TrainConfig()) | x["config"] for x in (old, new))
+    harmless = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress")
+    for name in new:
+        if name not in harmless and new[name] != old[name]:
+            logger.warning("resumed with %s %s; before it was %s", name, new[name], old[name])
+
+# %% ../nbs/16_training.ipynb #46
+def open_checkpoints(c: TrainConfig) -> Checkpoints | None:
+    "Return the checkpoints in `c.out`; ValueError where it cannot be written, or holds a run not to be resumed."
     if c.out is None:
         return None
-    if not isinstance(m.net, UNet):
-        raise ValueError(f"out must be None unless m.net is a UNet: no file can tell what a {type(m.net).__name__} is")
-    found = Checkpoints(writable_folder(c.out), c.keep, c.keep_every)
-    if found.steps() and not c.resume:
-        done = found.steps()[-1]
-        raise ValueError(f"out must be another folder, or resume be set: {c.out!r} holds a run of {done} steps")
-    return found
+    checkpoints = Checkpoints(writable_folder(c.out), c.keep, c.keep_every)
+    if checkpoints.steps() and not c.resume:
+        done = f"{c.out!r} holds a run of {checkpoints.steps()[-1]} steps"
+        raise ValueError(f"out must be another folder, or resume be set: {done}")
+    return checkpoints
 
 
 @contextlib.contextmanager
@@ -347,130 +336,115 @@ def error_advice(c: TrainConfig, checkpoints: Checkpoints | None):
             error.add_note(f"the last good checkpoint is {checkpoints.newest()}")
         raise
 
-
-@contextlib.contextmanager
-def tracking(accelerator, c: TrainConfig, step: int):
-    "What accelerate writes of a run that has done `step` steps; what an earlier try wrote of later steps is dropped."
-    settings = asdict(c) if c.track == "wandb" else None
-    accelerator.init_trackers("curves", settings, {"tensorboard": {"purge_step": step + 1}})
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-# %% ../nbs/16_training.ipynb #37
-def write_checkpoint(folder: Path, m: DDPM, state: dict[str, Tensor], facts: dict) -> None:
-    "Write the model `m`, the tensors `state` and the `facts` beside them into a folder."
-    from safetensors.torch import save_file
-
-    m.save_pretrained(folder)
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(state, folder / "training.safetensors")
-    (folder / "training.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-
-
-def save_picture(accelerator, run: Path, step: int, pixels: UInt8[Tensor, "n c h w"]) -> None:
-    "Write a grid of what a run draws after `step` steps into its folder, and beside its curves."
-    save_grid(run / "samples" / f"step-{step:08d}.png", pixels)
-    grid = image_grid(pixels)
-    grid = grid[None] if grid.ndim == 3 else grid[None, ..., None]
-    for tracker in accelerator.trackers:
-        order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": grid}, step, **order)
-
-
+# %% ../nbs/16_training.ipynb #49
 def save_checkpoint(trainer: "Trainer") -> None:
-    """Write a checkpoint of a run, after its last step the model, and a picture where one is drawn.
+    """Write a checkpoint, a picture if the trainer draws one, and after the last step the model; all processes call it.
 
-    Every process must call it; the first one writes. Raises `FloatingPointError` for weights that are not finite, and
-    `OSError` where something cannot be written.
+    FloatingPointError for weights that are not finite, OSError where something cannot be written.
     """
-    t, first, run = trainer, trainer.accelerator.is_main_process, trainer.checkpoints.folder.parent
-    if not torch.stack([p.isfinite().all() for net in (t.net, t.m.net) for p in net.parameters()]).all():
+    t, main, run = trainer, trainer.accelerator.is_main_process, trainer.checkpoints.folder.parent
+    if not torch.stack([p.isfinite().all() for net in (t.net, t.ema.net) for p in net.parameters()]).all():
         raise FloatingPointError(f"the weights are not finite in step {t.step}")
-    state, facts = training_state(t), run_metadata(t, t.images)
+    state = t.state_dict()
+    metadata = run_metadata(t, state)
     with raise_on_all_ranks(t.accelerator, f"the checkpoint of step {t.step}"):
-        if first:
-            t.checkpoints.write(t.step, lambda folder: write_checkpoint(folder, t.m, state, facts))
-        if first and t.step == t.config.steps:
-            atomic_folder(run / "model", t.m.save_pretrained)
-        if first and t.draw is not None:
-            save_picture(t.accelerator, run, t.step, t.draw(t.m))
+        if main:
+            t.checkpoints.write(t.step, lambda folder: write_checkpoint(folder, t.ema, state, metadata))
+        if main and t.step == t.config.steps:
+            atomic_folder(run / "model", t.ema.save_pretrained)
+        if main and t.draw is not None:
+            pixels = t.draw(t.ema)
+            save_grid(run / "samples" / f"step-{t.step:08d}.png", pixels)
+            track_picture(t.accelerator, image_grid(pixels), t.step)
 
-# %% ../nbs/16_training.ipynb #38
-class Trainer(Learner):
-    """Train `m` on `images` as `config` says. `m.net` becomes the moving average, the one to sample from.
+# %% ../nbs/16_training.ipynb #52
+class _Run(_TrainingState):
+    "A run on `images`: its state, its checkpoints, its batches, and the gradient of a step."
 
-    `fit` does it; `net` is the network that is being trained. With each checkpoint goes a picture of what `draw(m)`
-    gives, where that is set: 8-bit images. Raises `ValueError` where the images do not fit the network, or the folder
-    cannot be used, or the objective the variance, before training begins. Source: Ho et al. 2020, Algorithm 1.
-    """
-
-    def __init__(self, m: DDPM, images: Images, config: TrainConfig | None = None, draw: Callable | None = None):
-        c, self.images, self.draw = config or TrainConfig(), images, draw
-        if m.variance == "learned" and c.objective == "simple":
-            raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
-        if isinstance(m.net, UNet):
-            m.net.check_images(torch.empty(1, *images.shape, device="meta"))
-        self.checkpoints = open_checkpoints(c, m)
+    def __init__(
+        self, m: DDPM, images: Images | StoredImages, config: TrainConfig | None = None, draw: Callable | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ):  # fmt: skip
+        c, self.images, self.draw, self.on_step = config or TrainConfig(), images, draw, on_step
+        check_model(m, images, c)
+        if net_config(m.net).get("sample_size") is None:
+            m.image_shape = images.shape
+        self.checkpoints = open_checkpoints(c)
         super().__init__(m, c, make_accelerator(c.precision, c.track, c.out))
-        found = self.checkpoints and self.checkpoints.newest()
-        if found:
-            resume_run(self, images, found)
-        self.batches = ImageBatches(images, c.batch_size, self.device, c.seed, c.flip, self.seen, self.process)
+        newest = self.checkpoints and self.checkpoints.newest()
+        if newest:
+            resume_run(self, newest)
+        self.batches = ImageBatches(images, c.batch_size, self.device, c.seed, c.flip, 0, self.process, labels=True)
         check_same_step(self.accelerator, self.step)
         logger.info("%s; processes: %d; from step %d on", self.batches.describe(), self.process[1], self.step)
 
-    def fit(self) -> Float[Tensor, "steps"]:
-        """Run the steps that are left, and return the losses of all.
+    def gradient(self, model: DDPM, batches: Iterator) -> Float[Tensor, ""]:
+        "Accumulate the gradient over the batches of a step; return the mean loss over them and over all processes."
+        c, total, objective = self.config, 0.0, OBJECTIVES[self.config.objective]
+        for i in range(c.accumulate):
+            x0, labels = next(batches)
+            if c.channels_last:
+                x0 = x0.contiguous(memory_format=torch.channels_last)
+            if c.drop_labels > 0:
+                null = self.net.config["num_class_embeds"] - 1
+                labels = drop_labels(labels, null, c.drop_labels, self.noise, self.process)
+            cond = class_condition(self.net, labels)
+            with self.accelerator.no_sync(model.net) if i < c.accumulate - 1 else contextlib.nullcontext():
+                loss = objective(model, x0, self.noise, self.process, cond) / c.accumulate
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return self.accelerator.reduce(total, "mean")
 
-        Raises `FloatingPointError` where too many are not finite, `OSError` where a checkpoint cannot be written, and
-        `Stopped` after Ctrl-C or SIGTERM, when all is saved.
+# %% ../nbs/16_training.ipynb #55
+class Trainer(_Run):
+    """Train `m.net`, any nn.Module with parameters, on `images` by Algorithm 1 of Ho et al. 2020: call `fit`.
+
+    `m` is trained in place; its modes (train, eval) are restored. `ema`, with the averaged weights, is what is saved,
+    and what to sample from. A network with `num_class_embeds` gets the images' labels. `draw(ema)` returns pixels to
+    save with each checkpoint; `on_step(step, loss)` follows each step, from 1 on. ValueError where something is unfit.
+    """
+
+    def fit(self) -> Float[Tensor, "steps"]:
+        """Run the remaining steps; return the losses of all. After Ctrl-C or SIGTERM, save and raise `Stopped`.
+
+        FloatingPointError for too many losses that are not finite, OSError for a failed checkpoint.
         """
         c, a = self.config, self.accelerator
         net, optimizer = a.prepare(torch.compile(self.net) if c.compile else self.net, self.optimizer)
-        model = DDPM(net, self.m.s, self.m.predicts, self.m.variance)
-        bar = self.log.bar(self.images_a_step, self.step, c.progress and a.is_main_process)
-        dropout = fork_rng(c.seed + self.process[0], self.device, self.random)
-        batches, patient = iter(self.batches), self.process[1] > 1
-        with (
-            dropout,
-            bar,
-            error_advice(c, self.checkpoints),
-            tracking(a, c, self.step),
-            catch_signals(patient) as caught,
-        ):
+        model, self.batches.start = DDPM(net, self.m.s, self.m.predicts, self.m.variance), self.seen
+        batches, bar = iter(self.batches), self.log.open_bar(self.images_per_step, self.step, not c.progress)
+        context = run_context(a, self.borrowed, asdict(c) if c.track == "wandb" else None, self.step)
+        with bar, error_advice(c, self.checkpoints), context as caught:
             while self.step < c.steps:
                 # 1. the gradient of the loss of a batch, with a random t and new noise for each image
                 loss = self.gradient(model, batches)
-                # 2. of bounded length
+                # 2. clip the gradient norm
                 norm = a.clip_grad_norm_(net.parameters(), c.clip_grad)
                 # 3. one step of Adam, and of the average of the weights
                 self.update(optimizer, loss, norm)
-                # 4. what the loss was: kept on the device, read now and then
-                values = self.log.add(self.step, loss, norm)
-                if values:
-                    a.log(values | {"learning rate": c.lr_at(self.step - 1)}, self.step)
-                # 5. a checkpoint; and the end, where it is asked for
-                stop = any_signal(a, caught, values is not None)
+                # 4. record the loss on the device; read and report it now and then
+                metrics = self.log.add(self.step, loss, norm)
+                if metrics:
+                    a.log(metrics | {"learning rate": c.lr_at(self.step - 1)}, self.step)
+                if self.on_step:
+                    self.on_step(self.step, loss)
+                # 5. save a checkpoint when one is due; stop if a signal has arrived
+                stop = any_signal(a, caught, metrics is not None)
                 if self.checkpoints and (stop or self.step % c.save_every == 0 or self.step == c.steps):
                     save_checkpoint(self)
                 if stop:
                     raise Stopped(stop, self.step, c.out)
         return self.log.losses.cpu()
 
-# %% ../nbs/16_training.ipynb #70
-def plot_losses(path: Path, losses) -> None:
-    "Draw the loss of every step, and its mean over 25 of them, into a PNG file."
+# %% ../nbs/16_training.ipynb #74
+def plot_losses(path: Path, losses: Float[Tensor, "steps"]) -> None:
+    "Draw the loss of every step, and its mean over 25 steps, into a PNG file."
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.4), dpi=100, layout="constrained")
+    figure, window = Figure(figsize=(6, 3.4), dpi=100, layout="constrained"), min(25, len(losses))
     ax = figure.add_subplot()
-    window = min(25, len(losses))
     ax.plot(range(1, len(losses) + 1), losses, ".", color="lightgrey", label="each batch")
-    mean = losses.unfold(0, window, 1).mean(1)
-    ax.plot(range(window, len(losses) + 1), mean, color="crimson", label=f"mean of {window}")
+    ax.plot(range(window, len(losses) + 1), losses.unfold(0, window, 1).mean(1), "crimson", label=f"mean of {window}")
     ax.set(xlabel="step", ylabel="L_simple", yscale="log")
     ax.legend()
     figure.savefig(path)

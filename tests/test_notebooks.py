@@ -5,6 +5,7 @@ run, from top to bottom, without an error or a warning; that the files are small
 were run on; that `ddpm_lit/` has not been edited by hand.
 """
 
+import ast
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
-BY_HAND = {"__init__.py", "__main__.py"}
+BY_HAND = {"__init__.py", "__main__.py", "_renamed.py"}
 IGNORED = re.compile(r"^\s*#\s*(NBVAL_IGNORE_OUTPUT|NBVAL_SKIP|PYTEST_VALIDATE_IGNORE_OUTPUT)", re.M)
 IGNORED_TAGS = {"nbval-ignore-output", "nbval-skip"}
 MACHINE = re.compile(r"/(home|root|tmp|work|Users)/\w")
@@ -63,7 +64,19 @@ def faults(path: Path) -> list[str]:
         rule(set(cell.metadata) <= {"tags", "lines_to_next_cell"}, f"has metadata {', '.join(cell.metadata)}: {head}")
     for source in exported:
         lines = source.split("\n")
-        rule(len(lines) <= 60, f"exports {len(lines)} lines in one cell, more than 60: {lines[0]}")
+        rule(len(lines) <= 40, f"exports {len(lines)} lines in one cell, more than 40: {lines[1]}")
+    for cell in code:
+        lines = cell.source.split("\n")
+        fine = len(lines) <= 25 or cell.source in exported or re.search(r"^# long: \w", cell.source, re.M)
+        rule(fine, f"has {len(lines)} lines in one cell, more than 25: {lines[0]}")
+        rule(
+            not re.search(r"\b(identity|expectation|symbolic|rejects|raises)\(\s*\"\"", cell.source),
+            "has a nameless check",
+        )
+    row = longest_row_of_exports(nb.cells)
+    rule(row <= 2, f"exports {row} cells in a row, without prose or a check")
+    far = exports_far_from_a_check(nb.cells)
+    rule(len(far) <= len(exported) / 10, f"has {len(far)} of {len(exported)} exports without a check nearby: {far}")
     rule(set(nb.metadata) == {"kernelspec"}, f"has metadata {', '.join(sorted(nb.metadata))}")
     rule(nb.metadata.get("kernelspec", {}).get("name") == "python3", "does not ask for the kernel python3")
     rule(len(ignored) <= len(code) / 10, f"hides {len(ignored)} of {len(code)} cells from nbval, more than a tenth")
@@ -74,7 +87,37 @@ def faults(path: Path) -> list[str]:
     title = nb.cells[0].source.split("\n") if nb.cells[0].cell_type == "markdown" else [""]
     rule(title[0].startswith("# "), "does not begin with its title")
     rule(any(line.startswith("> ") for line in title), "promises nothing: the title has no `> ` line")
+    maps = [c.source for c in nb.cells if c.cell_type == "markdown" and c.source.startswith("**Map.** ")]
+    rule(len(maps) == 1, f"must have one cell that starts with **Map.**, has {len(maps)}")
+    rule(all(len(text.split()) <= 90 for text in maps), "has a map of more than 90 words")
     return found
+
+
+def is_export(cell) -> bool:
+    "Whether a cell exports a definition (one that only imports does not count)."
+    if cell.cell_type != "code" or not re.search(r"^#\|\s*exporti?\b", cell.source, re.M):
+        return False
+    return any(not isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.source).body)
+
+
+def longest_row_of_exports(cells) -> int:
+    longest = row = 0
+    for cell in cells:
+        row = row + 1 if is_export(cell) else 0
+        longest = max(longest, row)
+    return longest
+
+
+def exports_far_from_a_check(cells) -> list[str]:
+    "The first lines of exported cells after which no check comes within two code cells."
+    code, far = [cell for cell in cells if cell.cell_type == "code"], []
+    for i, cell in enumerate(code):
+        after = "\n".join(c.source for c in code[i + 1 : i + 3] if not is_export(c))
+        if is_export(cell) and not re.search(
+            r"^\s*(identity|expectation|symbolic|rejects|raises)\(|^\s*assert\b", after, re.M
+        ):
+            far.append(cell.source.split("\n")[1])
+    return far
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -96,7 +139,11 @@ def sample() -> nbformat.NotebookNode:
     sources = ["#| default_exp toy", "#| export\ndef f():\n    return 1", 'rejects("g", g)', "print(1)"]
     code = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(sources)]
     code[3].outputs = [nbformat.v4.new_output("stream", name="stdout", text="1\n")]
-    cells = [nbformat.v4.new_markdown_cell("# Toy\n\n> At the end you hold 1."), *code]
+    head = [
+        nbformat.v4.new_markdown_cell(text)
+        for text in ("# Toy\n\n> At the end you hold 1.", "**Map.** Nothing is assumed.")
+    ]
+    cells = [*head, *code]
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python"}})
 
 
@@ -104,28 +151,34 @@ def error():
     return nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
 
 
-def told(text):
+def stream(text):
     return nbformat.v4.new_output("stream", name="stdout", text=text)
 
 
 BREAKS = {
-    "more than 1.5 MB": lambda nb: nb.cells[4].outputs.append(told("x" * 1_500_000)),
-    "not run": lambda nb: nb.cells[4].update(execution_count=None),
-    "not from the top": lambda nb: nb.cells[4].update(execution_count=3),
-    "ends in an error": lambda nb: nb.cells[4].outputs.append(error()),
-    "writes to stderr": lambda nb: nb.cells[4].outputs[0].update(name="stderr"),
-    "in pieces": lambda nb: nb.cells[4].outputs.append(told("2\n")),
-    "path of the machine": lambda nb: nb.cells[4].outputs.append(told("saved in /home/someone/x")),
-    "exports itself": lambda nb: nb.cells[4].update(source="import nbdev; nbdev.nbdev_export()"),
-    "has metadata execution": lambda nb: nb.cells[4].metadata.update(execution={"iopub": "2026"}),
-    "more than 60": lambda nb: nb.cells[2].update(source="#| export\n" + "\n".join(["x = 1"] * 60)),
+    "more than 1.5 MB": lambda nb: nb.cells[5].outputs.append(stream("x" * 1_500_000)),
+    "not run": lambda nb: nb.cells[5].update(execution_count=None),
+    "not from the top": lambda nb: nb.cells[5].update(execution_count=3),
+    "ends in an error": lambda nb: nb.cells[5].outputs.append(error()),
+    "writes to stderr": lambda nb: nb.cells[5].outputs[0].update(name="stderr"),
+    "in pieces": lambda nb: nb.cells[5].outputs.append(stream("2\n")),
+    "path of the machine": lambda nb: nb.cells[5].outputs.append(stream("saved in /home/someone/x")),
+    "exports itself": lambda nb: nb.cells[5].update(source="import nbdev; nbdev.nbdev_export()"),
+    "has metadata execution": lambda nb: nb.cells[5].metadata.update(execution={"iopub": "2026"}),
+    "more than 40": lambda nb: nb.cells[3].update(source="#| export\n" + "\n".join(["x = 1"] * 40)),
+    "more than 25": lambda nb: nb.cells[5].update(source="\n".join(["x = 1"] * 26)),
+    "a nameless check": lambda nb: nb.cells[5].update(source='identity("", 1, 1)'),
+    "exports 3 cells in a row": lambda nb: nb.cells.__setitem__(slice(3, 4), [nb.cells[3]] * 3),
+    "1 of 1 exports without a check nearby": lambda nb: nb.cells[4].update(source="print(2)"),
+    "starts with **Map.**": lambda nb: nb.cells[1].update(source="Map"),
+    "more than 90 words": lambda nb: nb.cells[1].update(source="**Map.** " + "word " * 90),
     "has metadata kernelspec, widgets": lambda nb: nb.metadata.update(widgets={}),
     "kernel python3": lambda nb: nb.metadata.kernelspec.update(name="mine"),
-    "more than a tenth": lambda nb: nb.cells[4].update(source="# NBVAL_IGNORE_OUTPUT\nprint(1)"),
-    "1 of 4 cells from nbval": lambda nb: nb.cells[4].metadata.update(tags=["nbval-skip"]),
-    "names 0": lambda nb: nb.cells[1].update(source="x = 1"),
-    "names 2": lambda nb: nb.cells[4].update(source="#| default_exp other"),
-    "by `rejects`": lambda nb: nb.cells[3].update(source='identity("g", 1, 1)'),
+    "more than a tenth": lambda nb: nb.cells[5].update(source="# NBVAL_IGNORE_OUTPUT\nprint(1)"),
+    "1 of 4 cells from nbval": lambda nb: nb.cells[5].metadata.update(tags=["nbval-skip"]),
+    "names 0": lambda nb: nb.cells[2].update(source="x = 1"),
+    "names 2": lambda nb: nb.cells[5].update(source="#| default_exp other"),
+    "by `rejects`": lambda nb: nb.cells[4].update(source='identity("g", 1, 1)'),
     "title": lambda nb: nb.cells.pop(0),
     "promises nothing": lambda nb: nb.cells[0].update(source="# Toy"),
 }
@@ -144,8 +197,8 @@ def test_a_broken_chapter_is_refused(fault, tmp_path):
 
 def test_an_error_on_purpose_is_allowed_where_it_is_marked(tmp_path):
     path, nb = tmp_path / "01_toy.ipynb", sample()
-    nb.cells[4].outputs = [error()]
-    nb.cells[4].metadata.tags = ["raises-exception"]
+    nb.cells[5].outputs = [error()]
+    nb.cells[5].metadata.tags = ["raises-exception"]
     nbformat.write(nb, path)
     assert faults(path) == []
 
@@ -195,8 +248,8 @@ def run_as_program(folder: Path) -> subprocess.CompletedProcess:
     program = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
     (folder / "ablation.py").write_text(program, encoding="utf-8")
     environment = os.environ | {"ABLATION": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
-    told = dict(cwd=folder, env=environment, capture_output=True, text=True)
-    return subprocess.run([sys.executable, "ablation.py"], **told)
+    kwargs = dict(cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "ablation.py"], **kwargs)
 
 
 def test_the_table_of_the_ablation_is_whole(tmp_path):

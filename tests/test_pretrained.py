@@ -2,44 +2,25 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from ddpm_lit.pretrained import load_ddpm, save_ddpm
+from doubles import TINY, OwnNet, rng, tiny_model
 from safetensors.torch import load_file, save_file
 
-from ddpm_lit import unet
+from ddpm_lit import files
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.forward import Schedule, linear_schedule
+from ddpm_lit.forward import Schedule, cosine_schedule, linear_schedule
+from ddpm_lit.pretrained import load_ddpm
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
-from ddpm_lit.unet import PRESETS, UNet
+from ddpm_lit.unet import PRESETS
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-TINY = dict(
-    sample_size=8,
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    norm_num_groups=4,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-)
 
 
-def rng(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def tiny(s=None, predicts="eps", variance="beta_tilde", clip=True, seed=0, **changes) -> DDPM:
-    "A small model with random values in all parameters."
-    if variance == "learned":
-        changes["out_channels"] = 2
-    draw = rng(seed)
-    net = UNet(**(TINY | changes), generator=draw)
-    for parameter in net.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
-    return DDPM(net, s or linear_schedule(20), predicts, variance, clip).eval()
+def tiny(s=None, **changes) -> DDPM:
+    return tiny_model(s, **changes)
 
 
 def noise(n=3):
@@ -102,7 +83,7 @@ def test_round_trip_of_any_schedule(tmp_path):
     assert json.loads((tmp_path / "m/scheduler/scheduler_config.json").read_text())["trained_betas"] == beta.tolist()
 
 
-def test_whether_x0_is_cut_is_kept(tmp_path):
+def test_whether_x0_is_clipped_is_saved(tmp_path):
     m = tiny(clip=False)
     m.save_pretrained(tmp_path / "m")
     back = load_ddpm(tmp_path / "m")
@@ -138,7 +119,7 @@ def test_folders_flat_and_nested_are_read_alike(saved):
 
 
 def test_attention_under_its_older_names_is_read(saved):
-    old, wanted = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}, load_ddpm(saved)
+    old, expected = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}, load_ddpm(saved)
 
     def rename(tensors):
         for name in list(tensors):
@@ -148,7 +129,7 @@ def test_attention_under_its_older_names_is_read(saved):
 
     reweigh(saved, rename)
     assert any(".proj_attn." in name for name in load_file(saved / WEIGHTS))
-    assert same(wanted, load_ddpm(saved))
+    assert same(expected, load_ddpm(saved))
 
 
 def test_half_precision_is_read_as_float32(saved):
@@ -178,9 +159,9 @@ def test_diffusers_opens_our_folder_and_takes_the_same_steps(tmp_path, diffusers
             out = pipe.unet(x, t).sample
             step = pipe.scheduler.step(out, t, x, generator=rng(t)).prev_sample
             mean, var = m.p_step(x, t)
-            drawn = torch.randn(x.shape, generator=rng(t)) if t else torch.zeros_like(x)
+            noise_ = torch.randn(x.shape, generator=rng(t)) if t else torch.zeros_like(x)
             # 1 - alpha_bar is about 1e-4 at first, where the float32 tables of diffusers keep four digits.
-            torch.testing.assert_close(step, mean + var.sqrt() * drawn, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(step, mean + var.sqrt() * noise_, atol=1e-4, rtol=1e-4)
 
 
 def test_diffusers_samples_from_our_folder_what_we_sample(tmp_path, diffusers):
@@ -195,8 +176,8 @@ def test_diffusers_samples_from_our_folder_what_we_sample(tmp_path, diffusers):
         for t in range(19, -1, -1):
             mean, var = m.p_step(x, t)
             x = mean + var.sqrt() * torch.randn(x.shape, generator=draw) if t else mean
-    wanted = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(torch.from_numpy(images), wanted, atol=1e-4, rtol=0)
+    expected = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(images), expected, atol=1e-4, rtol=0)
 
 
 def test_diffusers_does_not_sample_silently_from_a_prediction_it_does_not_know(tmp_path, diffusers):
@@ -221,7 +202,7 @@ def test_we_open_the_folder_of_a_diffusers_pipeline(tmp_path, diffusers, layout)
 
 
 def test_we_open_a_folder_with_the_papers_cifar10_configuration(tmp_path, diffusers):
-    config = PRESETS["cifar10"] | dict(dropout=0.0)
+    config = PRESETS["cifar10"].network | dict(dropout=0.0)
     model = diffusers.UNet2DModel(**config, center_input_sample=False, mid_block_scale_factor=1, act_fn="silu")
     diffusers.DDPMPipeline(unet=model, scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     m = load_ddpm(tmp_path)
@@ -253,9 +234,9 @@ KINDS = [
 ]
 
 
-def pipeline(diffusers, folder, kind="DDPM", channels=1, **settings):
-    "The folder of a diffusers pipeline with a lively network, and that pipeline."
-    net = tiny(out_channels=channels).net
+def pipeline(diffusers, folder, kind="DDPM", channels=1, classes=None, **settings):
+    "Write the folder of a diffusers pipeline with a lively network, and return that pipeline."
+    net = tiny(out_channels=channels, num_class_embeds=classes).net
     unet = diffusers.UNet2DModel(**net.config).eval()
     unet.load_state_dict(net.state_dict())
     scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=20, **settings)
@@ -265,18 +246,18 @@ def pipeline(diffusers, folder, kind="DDPM", channels=1, **settings):
     return pipe
 
 
-def loop(m, pipe, steps=20, **step):
-    "Both loops from the same noise, with the same draws: the images after every step of each, ours and theirs."
+def loop(m, pipe, steps=20, cond=None, **step):
+    "Run both loops from the same noise, with the same draws: return the images after every step, ours and theirs."
     pipe.scheduler.set_timesteps(steps)
     x = torch.randn(2, 1, 8, 8, generator=rng(4))
     ours, theirs, draw = [], [], rng(5)
     for t in pipe.scheduler.timesteps:
         with torch.no_grad():
-            out = pipe.unet(x if not theirs else theirs[-1], t).sample
+            out = pipe.unet(x if not theirs else theirs[-1], t, **(cond or {})).sample
         theirs.append(pipe.scheduler.step(out, t, theirs[-1] if theirs else x, generator=draw, **step).prev_sample)
     sample = ddim_sample if step else ancestral_sample
     steps = dict(steps=steps) if step else dict()
-    sample(m, x.shape, x_T=x, generator=rng(5), callback=lambda t, x, x0: ours.append(x.clone()), **steps)
+    sample(m, x.shape, x_T=x, generator=rng(5), callback=lambda t, x, x0: ours.append(x.clone()), cond=cond, **steps)
     return ours, theirs
 
 
@@ -320,11 +301,40 @@ def test_a_ddim_pipeline_is_read_and_sampled_alike(tmp_path, diffusers, kind, st
         torch.testing.assert_close(a, b, atol=2e-4 * max(1, b.abs().max().item()), rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind, step", [("DDPM", dict()), ("DDIM", dict(eta=0.0))])
+def test_a_class_conditional_folder_is_read_and_sampled_alike(tmp_path, diffusers, kind, step):
+    spacing = dict(timestep_spacing="trailing", clip_sample=False) if kind == "DDIM" else {}
+    pipe, labels = pipeline(diffusers, tmp_path, kind, classes=10, **spacing), torch.tensor([3, 7])
+    m = load_ddpm(tmp_path)
+    ours, theirs = loop(m, pipe, 10 if step else 20, dict(class_labels=labels), **step)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4 * max(1, b.abs().max().item()), rtol=1e-4)
+    others, _ = loop(m, pipe, 10 if step else 20, dict(class_labels=labels.flip(0)), **step)
+    assert (others[-1] - ours[-1]).abs().max() > 1e-3  # the labels matter
+
+
+def test_a_network_of_ones_own_is_saved_and_read_back(tmp_path, diffusers):
+    m = DDPM(OwnNet(), cosine_schedule(20), "v", clip=False).eval()
+    m.image_shape = (1, 8, 8)
+    m.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"holds a doubles.OwnNet, .*from_pretrained\(folder, net=OwnNet\(...\)\)"):
+        load_ddpm(tmp_path / "m")
+    back = load_ddpm(tmp_path / "m", OwnNet())
+    assert (back.predicts, back.variance, back.clip, back.image_shape) == ("v", "beta_tilde", False, (1, 8, 8))
+    with torch.no_grad():
+        assert torch.equal(back.p_step(noise(), 7).mean, m.p_step(noise(), 7).mean)
+    with pytest.raises((OSError, ValueError, AttributeError)):
+        diffusers.DDPMPipeline.from_pretrained(tmp_path / "m")
+    (tmp_path / "m/model_index.json").unlink()
+    with pytest.raises(ValueError, match="holds no model, or half of one"):
+        load_ddpm(tmp_path / "m", OwnNet())
+
+
 def test_settings_of_a_sampler_do_not_change_the_model(saved):
-    wanted = load_ddpm(saved)
+    expected = load_ddpm(saved)
     harmless = dict(timestep_spacing="linspace", steps_offset=1, set_alpha_to_one=False, dynamic_thresholding_ratio=0.9)
     edit(saved / "scheduler/scheduler_config.json", **harmless, tensor_format="pt", _diffusers_version="0.1")
-    assert same(load_ddpm(saved), wanted)
+    assert same(load_ddpm(saved), expected)
 
 
 def test_weights_in_the_older_file_are_read_and_the_newer_file_comes_first(tmp_path, diffusers):
@@ -366,9 +376,9 @@ def test_nothing_in_the_older_file_is_executed_and_a_broken_one_is_named(saved, 
 # What is refused, and how.
 
 
-def test_only_a_unet_can_be_saved(tmp_path):
-    with pytest.raises(ValueError, match="m.net must be a UNet to be saved, got Conv2d"):
-        save_ddpm(DDPM(torch.nn.Conv2d(1, 1, 1), linear_schedule(20)), tmp_path / "m")
+def test_a_function_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="m.net must be an nn.Module to be saved, got function"):
+        DDPM(lambda x, t: x, linear_schedule(20)).save_pretrained(tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 
@@ -380,10 +390,10 @@ def test_a_missing_file_is_named(saved, file):
 
 
 @pytest.mark.parametrize("file", ["unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_file_cut_short_is_named(saved, file, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999])
+def test_a_file_cut_short_is_named(saved, file, fraction):
     content = (saved / file).read_bytes()
-    (saved / file).write_bytes(content[: int(share * (len(content) - 2))])
+    (saved / file).write_bytes(content[: int(fraction * (len(content) - 2))])
     with pytest.raises(ValueError, match=f"{file} cannot be read"):
         load_ddpm(saved)
 
@@ -433,15 +443,16 @@ def test_a_field_that_is_not_implemented_is_named(saved, file, change, named):
 
 @pytest.mark.parametrize("survivors", range(4))
 def test_a_save_that_is_cut_short_leaves_nothing_that_loads_as_a_mixture(saved, monkeypatch, survivors):
-    moves, replace = [], unet.os.replace
+    moves, replace = [], files.os.replace
 
     def dying(source, target):
-        if len(moves) == survivors:
-            raise KeyboardInterrupt
-        moves.append(target)
+        if Path(target).is_relative_to(saved):  # not the files that are still being written beside it
+            if len(moves) == survivors:
+                raise KeyboardInterrupt
+            moves.append(target)
         replace(source, target)
 
-    monkeypatch.setattr(unet.os, "replace", dying)
+    monkeypatch.setattr(files.os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
         tiny(seed=1, block_out_channels=(8, 32)).save_pretrained(saved)
     with pytest.raises(ValueError, match="model_index.json is missing"):
@@ -449,7 +460,7 @@ def test_a_save_that_is_cut_short_leaves_nothing_that_loads_as_a_mixture(saved, 
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-def test_a_save_that_fails_while_writing_leaves_the_former_model_whole(saved, monkeypatch):
+def test_a_save_that_fails_while_writing_leaves_the_former_model(saved, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -462,22 +473,22 @@ def test_a_save_that_fails_while_writing_leaves_the_former_model_whole(saved, mo
 
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
 def test_a_hub_id_downloads_only_what_is_read(saved, tmp_path, monkeypatch, weights):
-    asked, hub, wanted = [], tmp_path / "hub", load_ddpm(saved)
+    names, hub, expected = [], tmp_path / "hub", load_ddpm(saved)
     old = "unet/diffusion_pytorch_model.bin"
     torch.save(load_file(saved / WEIGHTS), saved / old)  # the Hub may have both
     if weights == "bin":
         (saved / WEIGHTS).unlink()
 
     def download(name, allow_patterns):
-        asked.append(name)
+        names.append(name)
         for file in set(allow_patterns) & {str(p.relative_to(saved)) for p in saved.rglob("*")}:
             (hub / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(saved / file, hub / file)
         return str(hub)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert same(load_ddpm("google/ddpm-cifar10-32"), wanted)
-    assert set(asked) == {"google/ddpm-cifar10-32"}
+    assert same(load_ddpm("google/ddpm-cifar10-32"), expected)
+    assert set(names) == {"google/ddpm-cifar10-32"}
     assert (hub / old).exists() == (weights == "bin"), "the older file is fetched only where there is no other"
 
 

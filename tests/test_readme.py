@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ddpm_lit
 
 ROOT = Path(__file__).parents[1]
@@ -26,23 +28,72 @@ def recipe(target: str) -> list[str]:
     return [own.sub("", line.strip()) for line in body.splitlines()]
 
 
+def run_program(program: str, folder: Path) -> None:
+    "Run a program in `folder`, in a process of its own; its errors are shown."
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = subprocess.run([sys.executable, "-c", program], cwd=folder, env=alone, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_ten_lines_run_as_written(tmp_path):
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     look = """
+from pathlib import Path
+samples = trainer.ema.sample(36, steps=25)
 assert samples.shape == (36, 1, 8, 8)
 assert again.s.T == 1000 and Path("digits-model/model_index.json").is_file()
-pixels = to_pixels(samples)
-lightness = [x.float().mean().item() / 255 for x in (digits.pixels, pixels)]
+lightness = [x.float().mean().item() / 255 for x in (digits.pixels, samples)]
 assert abs(lightness[0] - lightness[1]) < 0.15, lightness  # noise has 0.5, the digits 0.3
-assert (pixels < 32).float().mean() > 0.2  # so much of it is the black around a digit; 0.1 of noise
+assert (samples < 32).float().mean() > 0.2  # so much of it is the black around a digit; 0.1 of noise
 """
-    script = ["-c", f"from pathlib import Path\n{code}{look}"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # quickest for a network this small, above all on a busy machine
-    run = subprocess.run([sys.executable, *script], cwd=tmp_path, env=alone, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_program(code + look, tmp_path)
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "digits-model"}
+
+
+FEWER = {"10_000": "2", "20_000": "3", "sample(16)": "sample(4, steps=2)", "sample(500)": "sample(40, steps=2)"}
+FEWER |= {"n=500, calls=50": "n=8, calls=3"}
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_each_of_the_five_tasks_takes_at_most_five_lines_and_runs(tmp_path):
+    "As written, but for the numbers in `FEWER`, on a folder of six photographs and an untrained model in demo/."
+    tasks = blocks("python")[1:]
+    assert len(tasks) == 5 and all(len(task.splitlines()) <= 5 for task in tasks)
+    program = """
+import numpy as np, torch
+from pathlib import Path
+from PIL import Image
+from doubles import OwnNet as MyNet, tiny_model
+from ddpm_lit import linear_schedule
+Path("photos/sea").mkdir(parents=True)
+for i in range(6):
+    colours = np.random.default_rng(i).integers(256, size=(40, 50, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(f"photos/sea/{i}.png")
+tiny_model(linear_schedule()).save_pretrained("demo/model")
+"""
+    looks = {
+        0: 'assert Path("run/model/model_index.json").is_file() and Path("samples.png").stat().st_size > 100',
+        1: 'assert m.image_shape == (1, 8, 8) and Path("samples.png").is_file()',
+        2: "assert evaluate_samples(m.sample(40, steps=2), load_images('digits'))['frechet_distance'] > 0",
+        3: 'assert m.s.T == 1000 and m.predicts == "v" and m.sample(2, steps=2).shape == (2, 1, 8, 8)',
+        4: 'assert evaluate_model(m, load_images("digits"), n=8, calls=3)["total"] > 0',
+    }
+    for i, task in enumerate(tasks):
+        for large, small in FEWER.items():
+            task = task.replace(large, small)
+        program += f"{task}\n{looks[i]}\n"
+        if i == 1:
+            program += "tiny = m\n"
+        if i == 3:
+            program += "m = tiny\n"
+    program += 'labels = {"class_labels": torch.arange(10)}\n'
+    program += "assert tiny_model(num_class_embeds=10).sample(10, steps=2, cond=labels).shape == (10, 1, 8, 8)\n"
+    run_program(program, tmp_path)
 
 
 def test_the_table_lists_exactly_the_chapters():

@@ -21,7 +21,7 @@ from beartype import BeartypeConf, beartype
 checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # Needs the network; is slow.
-NOT_CALLED = {"ddpm_lit.unet.download", "ddpm_lit.data.load_mnist5k"}
+NOT_CALLED = {"ddpm_lit.pretrained.download_model", "ddpm_lit.sources.load_mnist5k"}
 
 
 def test_annotations_hold_under_a_run_time_checker():
@@ -36,14 +36,26 @@ def test_annotations_hold_under_a_run_time_checker():
 # ---------------------------------------------------------------------------------------------- the script
 
 
-def calls(folder: Path) -> None:
-    "Every public function of the library, called as a user would call it."
+class Names:
+    "Every name that a module of the library defines, as one namespace."
+
+    def __init__(self, modules):
+        self.modules = modules
+
+    def __getattr__(self, name: str):
+        for module in self.modules:
+            value = vars(module).get(name)
+            if value is not None and getattr(value, "__module__", module.__name__) == module.__name__:
+                return value
+        raise AttributeError(f"no module defines {name}")
+
+
+def calls(d: Names, folder: Path) -> None:
+    "Call every function of the library, public or not, as its users do."
     import matplotlib
     import numpy as np
     import sympy
     import torch
-
-    import ddpm_lit as d
 
     matplotlib.use("Agg")
     draw = d.rng(0)
@@ -291,8 +303,15 @@ def wrong_shapes_that_were_taken() -> list[str]:
     import torch
     from jaxtyping import TypeCheckError
 
-    import ddpm_lit as d
+    import ddpm_lit as package
 
+    d = Names(
+        [
+            importlib.import_module(f"ddpm_lit.{m.name}")
+            for m in pkgutil.iter_modules(package.__path__)
+            if m.name[0] != "_"
+        ]
+    )
     s, t, x0 = d.linear_schedule(6), torch.tensor([1, 5]), torch.zeros(2, 1, 8, 8)
     names = {"d": d, "torch": torch, "s": s, "t": t, "x0": x0, "m": d.DDPM(lambda x, t: x, s)}
     taken = []
@@ -319,8 +338,10 @@ def watch(modules, entered: set[str]) -> set[str]:
         return noted
 
     for module in modules:
-        for word in module.__all__:
-            value, name = getattr(module, word), f"{module.__name__}.{word}"
+        for word, value in list(vars(module).items()):
+            name = f"{module.__name__}.{word}"
+            if word[0] == "_" or getattr(value, "__module__", None) != module.__name__:
+                continue
             if inspect.isfunction(value):
                 functions[value] = noting(name, value)
             elif inspect.isclass(value):
@@ -345,7 +366,7 @@ def main() -> int:
     modules, entered = [importlib.import_module(f"ddpm_lit.{name}") for name in names], set()
     wanted = watch(modules, entered) - NOT_CALLED
     with tempfile.TemporaryDirectory() as folder:
-        calls(Path(folder))
+        calls(Names(modules), Path(folder))
 
     forgotten, taken = sorted(wanted - entered), wrong_shapes_that_were_taken()
     print("\n".join([f"not called: {name}" for name in forgotten] + [f"not refused: {line.strip()}" for line in taken]))

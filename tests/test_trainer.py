@@ -1,5 +1,6 @@
-"""The trainer: same seed same weights, killed or not; checkpoints that are whole; bad steps; several processes."""
+"""The trainer: same seed same weights, killed or not; valid checkpoints; labels; bad steps; several processes."""
 
+import copy
 import errno
 import json
 import logging
@@ -15,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddpm_lit.files import Checkpoints, atomic_folder, find_damage, model_folder, writable_folder
-from ddpm_lit.images import Images
-from ddpm_lit.processes import Stopped, catch_signals, trackers
+from doubles import OwnNet, rng
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
-import ddpm_lit.trainer as module
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.forward import linear_schedule
+from ddpm_lit.files import Checkpoints, atomic_folder, find_damage, model_folder, writable_folder
+from ddpm_lit.forward import cosine_schedule, linear_schedule
+from ddpm_lit.images import Images, to_network
 from ddpm_lit.loading import ImageBatches, load_images
 from ddpm_lit.objective import bound_loss, simple_loss
-from ddpm_lit.trainer import TrainConfig, Trainer, TrainingLog, ema_update, save_checkpoint
+from ddpm_lit.processes import Stopped
+from ddpm_lit.trainer import TrainConfig, Trainer, ema_update, save_checkpoint
 from ddpm_lit.unet import UNet
 
 TINY = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -35,10 +36,6 @@ TINY = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 @pytest.fixture(scope="module")
 def digits():
     return load_images("digits")
-
-
-def rng(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny(seed=0, **changes):
@@ -54,19 +51,16 @@ def weights(net):
 
 
 def everything(trainer):
-    "All that a run ends with: both networks, Adam's averages, the losses and the state of the noise."
-    states = [trainer.optimizer.state[p] for p in trainer.net.parameters()]
-    adam = [state[name].flatten() for state in states for name in sorted(state)]
-    return torch.cat(
-        [weights(trainer.net), weights(trainer.m.net), *adam, trainer.log.losses, trainer.noise.get_state()]
-    )
+    "All that a run ends with, by name: both networks, Adam's averages, losses, generators, counts."
+    state = trainer.state_dict()
+    return torch.cat([torch.as_tensor(state[name]).double().flatten() for name in sorted(state)])
 
 
 def test_same_seed_same_weights_bit_for_bit_even_with_dropout_and_flips(digits):
     def trained(seed):
         trainer = Trainer(tiny(dropout=0.3), digits, config(seed=seed, flip=True))
         losses = trainer.fit()
-        return weights(trainer.net), weights(trainer.m.net), losses
+        return weights(trainer.net), weights(trainer.ema.net), losses
 
     first = trained(1)
     torch.rand(5)  # what others draw in between must not matter
@@ -96,7 +90,7 @@ def test_the_trainer_is_the_plain_loop(digits, accumulate):
         mean = weights(m.net) if k == 0 else d * mean + (1 - d) * weights(m.net)
         history.append(loss.detach())
     torch.testing.assert_close(losses, torch.stack(history), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(weights(trainer.m.net), mean, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(weights(trainer.ema.net), mean, rtol=1e-2, atol=1e-3)
     assert not torch.allclose(weights(trainer.net), mean, rtol=1e-2, atol=1e-3)
     assert trainer.seen == 6 * 8 * accumulate
 
@@ -137,7 +131,7 @@ def test_the_bound_teaches_the_network_and_the_variance(digits):
     assert ((last.weight - start).flatten(1).norm(dim=1) > 1e-3).all()
 
 
-def test_the_objective_is_the_one_that_is_asked_for(digits):
+def test_the_objective_is_the_one_that_is_configured(digits):
     for name, function in (("simple", simple_loss), ("bound", bound_loss)):
         losses = Trainer(tiny(), digits, config(steps=1, objective=name)).fit()
         expected = function(tiny(), next(iter(ImageBatches(digits, 8, seed=0))), rng(0))
@@ -150,21 +144,21 @@ def test_a_learned_variance_wants_the_bound(digits, tmp_path):
     assert not (tmp_path / "run").exists(), "refused before anything is written"
 
 
-def test_going_on_with_another_objective_is_told(digits, tmp_path, caplog):
+def test_resuming_with_another_objective_is_logged(digits, tmp_path, caplog):
     Trainer(tiny(), digits, config(out=str(tmp_path))).fit()
     with caplog.at_level(logging.WARNING, "ddpm_lit"):
         Trainer(tiny(), digits, config(out=str(tmp_path), steps=9, resume=True, objective="bound"))
-    assert "goes on with objective bound, and not simple as before" in caplog.text
+    assert "resumed with objective bound; before it was simple" in caplog.text
 
 
-def test_two_halves_of_a_run_by_the_bound_are_the_whole(digits, tmp_path):
+def test_two_halves_of_a_run_by_the_bound_are_one_run(digits, tmp_path):
     def run(place, **changes):
         trainer = Trainer(learning(), digits, config(out=str(tmp_path / place), objective="bound", **changes))
         trainer.fit()
         return everything(trainer)
 
     run("halves", steps=3)
-    assert torch.equal(run("halves", steps=6, resume=True), run("whole", steps=6))
+    assert torch.equal(run("halves", steps=6, resume=True), run("straight", steps=6))
 
 
 def test_channels_last_and_bf16_train_the_same_network_nearly(digits):
@@ -175,13 +169,86 @@ def test_channels_last_and_bf16_train_the_same_network_nearly(digits):
     assert next(coarse.net.parameters()).dtype == torch.float32
 
 
-def test_m_holds_the_average_in_evaluation_mode_and_the_raw_network_is_kept(digits):
+def test_the_callers_network_is_trained_in_place_and_the_average_is_another(digits):
     m = tiny(dropout=0.5)
-    raw = m.net
+    raw, before = m.net, weights(m.net)
     trainer = Trainer(m, digits, config())
     trainer.fit()
-    assert trainer.net is raw and raw.training and m.net is not raw and not m.net.training
-    assert not torch.equal(weights(raw), weights(m.net))
+    assert trainer.m is m and trainer.net is m.net is raw and not torch.equal(weights(raw), before)
+    assert isinstance(trainer.ema, DDPM) and trainer.ema.net is not raw and not trainer.ema.net.training
+    assert not torch.equal(weights(raw), weights(trainer.ema.net))
+    kinds = ("predicts", "variance", "clip", "image_shape")
+    assert all(getattr(trainer.ema, kind) == getattr(m, kind) for kind in kinds) and trainer.ema.s.T == m.s.T
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_modes_of_the_callers_network_are_restored_also_after_an_error(digits, fails):
+    m = tiny(dropout=0.5).eval()
+    m.net.mid_block.train()
+    before, inside = [part.training for part in m.modules()], []
+
+    def look(step, loss):
+        inside.extend(part.training for part in m.net.modules())
+        assert not fails or step < 3
+
+    trainer = Trainer(m, digits, config(), on_step=look)
+    if fails:
+        with pytest.raises(AssertionError):
+            trainer.fit()
+    else:
+        trainer.fit()
+    assert all(inside) and [part.training for part in m.modules()] == before
+
+
+def test_on_step_gets_every_step_from_1_on_and_its_loss_on_the_device(digits, tmp_path):
+    seen = []
+
+    def note(step, loss):
+        assert torch.is_tensor(loss) and not loss.requires_grad and loss.device == trainer.device
+        seen.append((step, loss.item(), trainer.step, weights(trainer.ema.net).sum().item()))
+
+    trainer = Trainer(tiny(), digits, config(steps=3, out=str(tmp_path)), on_step=note)
+    losses = trainer.fit()
+    assert [(step, loss) for step, loss, *_ in seen] == list(enumerate(losses.tolist(), start=1))
+    assert [done for _, _, done, _ in seen] == [1, 2, 3] and seen[-1][3] == weights(trainer.ema.net).sum().item()
+    trainer = Trainer(tiny(), digits, config(steps=5, out=str(tmp_path), resume=True), on_step=note)
+    trainer.fit()
+    assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kept_in", ["memory", "file"])
+def test_the_state_of_an_interrupted_run_is_taken_over_bit_for_bit(digits, tmp_path, kept_in):
+    def build(**kwargs):
+        return Trainer(tiny(dropout=0.2), digits, config(steps=8, flip=True, accumulate=2), **kwargs)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(step, loss):
+        inside.append(first.state_dict()["random.cpu"].clone())
+        if step == 5:
+            raise Interrupted
+
+    first, second, straight, inside = build(on_step=interrupt), build(), build(), []
+    straight.fit()
+    with pytest.raises(Interrupted):
+        first.fit()
+    torch.rand(7)
+    state = first.state_dict()
+    assert state["step"] == 5 and state["seen"] == 5 * 16 and torch.equal(state["random.cpu"], inside[-1])
+    assert not torch.equal(inside[0], inside[-1]), "dropout has drawn in between"
+    if kept_in == "file":
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    before = copy.deepcopy(state)
+    second.load_state_dict(state)
+    second.fit()
+    assert torch.equal(everything(second), everything(straight))
+    changed = [name for name, value in before.items() if torch.is_tensor(value) and not torch.equal(state[name], value)]
+    assert not changed, "the state that was given is left alone"
+    first.on_step = None
+    first.fit()
+    assert torch.equal(everything(first), everything(straight)), "the first, too, continues where it was"
 
 
 def test_a_run_leaves_checkpoints_a_model_and_pictures(digits, tmp_path):
@@ -195,20 +262,21 @@ def test_a_run_leaves_checkpoints_a_model_and_pictures(digits, tmp_path):
     )
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "model", "samples"]
     for folder in (model_folder(run), run / "model"):
-        assert torch.equal(weights(DDPM.from_pretrained(folder).net), weights(trainer.m.net))
+        assert torch.equal(weights(DDPM.from_pretrained(folder).net), weights(trainer.ema.net))
     state = load_file(model_folder(run) / "training.safetensors")
     assert torch.equal(state["losses"], losses)
     assert torch.equal(state["net.conv_in.weight"], trainer.net.conv_in.weight)
-    told = json.loads((model_folder(run) / "training.json").read_text())
-    assert told["step"] == 6 and told["seen"] == 48 and told["config"]["save_every"] == 2
+    facts = json.loads((model_folder(run) / "training.json").read_text())
+    assert facts["step"] == 6 and facts["seen"] == 48 and facts["config"]["save_every"] == 2
+    assert not any(name.startswith("ema.") for name in state) and state.keys() >= {"norms", "noise", "random.cpu"}
 
 
-@pytest.mark.parametrize("keep, every, kept", [(1, 0, [9]), (2, 0, [8, 9]), (2, 3, [3, 6, 8, 9]), (1, 4, [4, 8, 9])])
-def test_the_last_k_and_every_nth_are_kept(tmp_path, keep, every, kept):
+@pytest.mark.parametrize("keep, every, left", [(1, 0, [9]), (2, 0, [8, 9]), (2, 3, [3, 6, 8, 9]), (1, 4, [4, 8, 9])])
+def test_the_last_k_and_every_nth_are_kept(tmp_path, keep, every, left):
     checkpoints = Checkpoints(tmp_path, keep, every)
     for step in range(1, 10):
         checkpoints.write(step, lambda folder: (folder / "x").write_text("x"))
-    assert checkpoints.steps() == kept and not list(checkpoints.folder.glob(".*"))
+    assert checkpoints.steps() == left and not list(checkpoints.folder.glob(".*"))
 
 
 # -- killed, cut, full
@@ -225,7 +293,7 @@ def straight(digits, tmp_path, steps):
     return everything(trainer)
 
 
-def test_two_halves_are_the_whole_bit_for_bit(digits, tmp_path):
+def test_two_halves_are_one_run_bit_for_bit(digits, tmp_path):
     resumed(digits, tmp_path / "run", steps=4)
     torch.rand(3), np.random.rand(3)
     trainer, losses = resumed(digits, tmp_path / "run", steps=8)
@@ -261,6 +329,20 @@ def wait_for_steps(process, run, step):
         time.sleep(0.005)
 
 
+def test_a_resumed_run_with_channels_last_keeps_adams_averages_in_their_place(digits, tmp_path):
+    "Fused Adam goes through memory as it lies: averages laid out otherwise than the weights would meet others."
+
+    def run(place, **changes):
+        trainer = Trainer(tiny(), digits, config(out=str(tmp_path / place), channels_last=True, **changes))
+        trainer.fit()
+        return everything(trainer)
+
+    run("halves", steps=3)
+    assert torch.equal(run("halves", steps=6, resume=True), run("straight", steps=6))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_does(digits, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     draw, run = random.Random(0), tmp_path / "run"
@@ -275,12 +357,12 @@ def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_does(digits,
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert int(out.split()[2]) >= 14, "it went on"
-    whole = Trainer(tiny(dropout=0.2), digits, config(steps=40, flip=True))
+    undisturbed = Trainer(tiny(dropout=0.2), digits, config(steps=40, flip=True))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    whole.fit()
+    undisturbed.fit()
     torch.set_num_threads(threads)
-    assert torch.equal(torch.load(tmp_path / "end.pt", weights_only=True), everything(whole))
+    assert torch.equal(torch.load(tmp_path / "end.pt", weights_only=True), everything(undisturbed))
 
 
 def test_a_checkpoint_cut_or_changed_anywhere_is_recognised_and_the_one_before_it_used(digits, tmp_path, caplog):
@@ -289,19 +371,19 @@ def test_a_checkpoint_cut_or_changed_anywhere_is_recognised_and_the_one_before_i
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     assert len(files) == 7
     for path in files:
-        whole = path.read_bytes()
-        for size in {0, 1, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(6))}:
-            path.write_bytes(whole[:size])
+        content = path.read_bytes()
+        for size in {0, 1, len(content) - 1, *(draw.randrange(len(content)) for _ in range(6))}:
+            path.write_bytes(content[:size])
             assert find_damage(newest) is not None, (path.name, size)
         path.unlink()
         assert find_damage(newest) is not None
-        path.write_bytes(whole)
+        path.write_bytes(content)
         assert find_damage(newest) is None
         if path.name != "manifest.json":
-            i = draw.randrange(len(whole))
-            path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+            i = draw.randrange(len(content))
+            path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
             assert path.name in find_damage(newest)
-            path.write_bytes(whole)
+            path.write_bytes(content)
     (newest / "training.safetensors").write_bytes(b"")
     with caplog.at_level(logging.WARNING, "ddpm_lit"):
         assert model_folder(tmp_path / "run").name == "step-00000002"
@@ -315,7 +397,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_trained_over_them(digits, 
     resumed(digits, tmp_path / "run", steps=4)
     for step in (2, 4):
         (Checkpoints(tmp_path / "run").path(step) / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="holds no checkpoint that is whole"):
+    with pytest.raises(ValueError, match="holds no .*checkpoint"):
         resumed(digits, tmp_path / "run", steps=6)
 
 
@@ -329,11 +411,7 @@ def test_a_save_that_breaks_off_leaves_the_checkpoint_before_it(digits, tmp_path
         raise Killed
 
     trainer, _ = resumed(digits, tmp_path / "run", steps=4)
-    target = {
-        "save_file": "safetensors.torch.save_file",
-        "flush": "ddpm_lit.trainer.flush",
-        "rename": "pathlib.Path.rename",
-    }
+    target = {"save_file": "safetensors.torch.save_file", "flush": "os.fsync", "rename": "pathlib.Path.rename"}
     monkeypatch.setattr(target[moment], kill)
     trainer.step = 5
     with pytest.raises(Killed):
@@ -344,7 +422,7 @@ def test_a_save_that_breaks_off_leaves_the_checkpoint_before_it(digits, tmp_path
     assert Checkpoints(tmp_path / "run").newest().name == "step-00000005"
 
 
-def test_an_older_folder_gives_way_only_to_a_whole_one(tmp_path):
+def test_an_older_folder_is_replaced_only_by_a_complete_one(tmp_path):
     def write(word, fail=False):
         def into(folder):
             (folder / "x").write_text(word)
@@ -377,9 +455,9 @@ def test_a_full_disk_stops_the_run_with_a_line_and_the_last_good_checkpoint_inta
     with pytest.raises(OSError, match="checkpoint of step 4 could not be written.*No space left") as error:
         resumed(digits, tmp_path / "run", steps=6)
     monkeypatch.undo()
-    kept = Checkpoints(tmp_path / "run")
-    assert kept.steps() == [2] and kept.newest() and not list(kept.folder.glob(".*"))
-    assert str(kept.path(2)) in error.value.__notes__[0]
+    left = Checkpoints(tmp_path / "run")
+    assert left.steps() == [2] and left.newest() and not list(left.folder.glob(".*"))
+    assert str(left.path(2)) in error.value.__notes__[0]
     trainer, _ = resumed(digits, tmp_path / "run", steps=6)
     assert torch.equal(everything(trainer), straight(digits, tmp_path, 6))
 
@@ -397,7 +475,7 @@ def test_a_disk_that_is_really_full(digits, tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-# -- going on with something else
+# -- resuming with something else
 
 
 @pytest.mark.parametrize(
@@ -409,17 +487,17 @@ def test_a_disk_that_is_really_full(digits, tmp_path):
         (lambda: DDPM(tiny().net, linear_schedule(beta_T=0.03)), "schedule must be that of the run"),
     ],
 )
-def test_another_model_cannot_go_on(digits, tmp_path, other, message):
+def test_another_model_cannot_resume_the_run(digits, tmp_path, other, message):
     Trainer(tiny(), digits, config(out=str(tmp_path))).fit()
     with pytest.raises(ValueError, match=message):
         Trainer(other(), digits, config(out=str(tmp_path), steps=9, resume=True))
 
 
-def test_other_settings_are_told(digits, tmp_path, caplog):
+def test_other_settings_are_logged(digits, tmp_path, caplog):
     Trainer(tiny(), digits, config(out=str(tmp_path))).fit()
     with caplog.at_level(logging.WARNING, "ddpm_lit"):
         Trainer(tiny(), Images(digits.pixels[:99]), config(out=str(tmp_path), steps=9, lr=0.5, resume=True))
-    assert "goes on with lr 0.5, and not 0.01 as before" in caplog.text and "images" in caplog.text
+    assert "resumed with lr 0.5; before it was 0.01" in caplog.text and "images" in caplog.text
     assert "steps" not in caplog.text
 
 
@@ -448,7 +526,7 @@ def test_bad_steps_are_skipped_counted_and_leave_no_trace(digits, caplog):
         losses = trainer.fit()
     assert losses.isfinite().logical_not().nonzero().flatten().tolist() == [3, 4, 16] and trainer.log.skipped == 3
     assert torch.equal(before[3], before[5]) and not torch.equal(before[5], before[6])
-    assert weights(trainer.net).isfinite().all() and weights(trainer.m.net).isfinite().all()
+    assert weights(trainer.net).isfinite().all() and weights(trainer.ema.net).isfinite().all()
     assert "step 10: 2 of the last 10 updates skipped" in caplog.text and "step 20: 1 of" in caplog.text
 
 
@@ -497,13 +575,6 @@ def test_a_row_of_bad_steps_is_found_across_a_resumption(digits, tmp_path):
         again.fit()
 
 
-def test_the_log_finds_a_row_across_its_readings():
-    log = TrainingLog(60, 7, torch.device("cpu"))
-    with log.bar(1, 0, False), pytest.raises(FloatingPointError, match="from step 5 on"):
-        for step in range(1, 61):
-            log.add(step, torch.tensor(math.inf if step >= 5 else 1.0), torch.tensor(1.0))
-
-
 # -- signals
 
 
@@ -516,16 +587,15 @@ def heeded():
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(heeded, digits, tmp_path, number, code):
-    def build(**changes):
-        return Trainer(tiny(dropout=0.2), digits, config(steps=8, out=str(tmp_path / "run"), flip=True, **changes))
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(heeded, digits, tmp_path, number, code):
+    def build(on_step=None, **changes):
+        c = config(steps=8, out=str(tmp_path / "run"), flip=True, **changes)
+        return Trainer(tiny(dropout=0.2), digits, c, on_step=on_step)
 
-    trainer = build()
-    trainer.optimizer.register_step_post_hook(lambda *_: trainer.step == 2 and signal.raise_signal(number))
+    trainer = build(lambda step, loss: step == 3 and signal.raise_signal(number))
     before = signal.getsignal(number)
-    with pytest.raises(
-        Stopped, match=f"stopped by {code} after step 3: all is saved, go on with --resume --out"
-    ) as error:
+    message = f"stopped by {code} after step 3: all is saved, resume with --resume --out"
+    with pytest.raises(Stopped, match=message) as error:
         trainer.fit()
     assert error.value.signal == number and signal.getsignal(number) == before
     assert Checkpoints(tmp_path / "run").steps() == [3]
@@ -535,41 +605,14 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(heeded, digits, 
 
 
 def test_a_second_ctrl_c_does_not_wait(heeded, digits):
-    trainer = Trainer(tiny(), digits, config())
-
-    def twice(*_):
+    def twice(step, loss):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    trainer.optimizer.register_step_post_hook(twice)
+    trainer = Trainer(tiny(), digits, config(), on_step=twice)
     with pytest.raises(KeyboardInterrupt) as error:
         trainer.fit()
     assert not isinstance(error.value, Stopped)
-
-
-def test_what_was_ignored_stays_ignored_as_behind_nohup(heeded):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with catch_signals(False) as caught:
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)  # that one is heeded
-        assert caught == [signal.SIGTERM]
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-def test_the_second_signal_is_let_through_unless_patient(heeded):
-    before = signal.getsignal(signal.SIGINT)
-    for patient in (False, True):
-        with catch_signals(patient) as caught:
-            signal.raise_signal(signal.SIGINT)
-            assert caught == [signal.SIGINT]
-            if patient:
-                signal.raise_signal(signal.SIGINT)
-                assert caught == [signal.SIGINT] * 2
-            else:
-                with pytest.raises(KeyboardInterrupt):
-                    signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) == before
 
 
 # -- several processes
@@ -582,14 +625,15 @@ torch.set_num_threads(1)
 here = this_process()
 batch = 16 // here.num_processes
 changes = dict(steps=8, lr=1e-4, batch_size=batch, save_every=4, flip=True, out=sys.argv[1], resume=True)
-trainer = Trainer(tiny(), load_images("digits"), config(**changes))
-if "--stop" in sys.argv and here.process_index == here.num_processes - 1:
-    trainer.optimizer.register_step_post_hook(lambda *_: trainer.step == 4 and signal.raise_signal(signal.SIGTERM))
+def on_step(step, loss):
+    if "--stop" in sys.argv and here.process_index == here.num_processes - 1 and step == 5:
+        signal.raise_signal(signal.SIGTERM)
+trainer = Trainer(tiny(num_class_embeds=11), load_images("digits"), config(**changes, drop_labels=0.5), on_step=on_step)
 try:
     trainer.fit()
 except Stopped as stopped:
     print(stopped, flush=True)
-mine = torch.cat([weights(trainer.net), weights(trainer.m.net)])
+mine = torch.cat([weights(trainer.net), weights(trainer.ema.net)])
 for got in trainer.accelerator.gather(mine[None]):
     assert torch.equal(got, mine), "the processes differ"
 if here.is_main_process:
@@ -607,21 +651,145 @@ def ended(place, *launcher, extra=()):
     return out, torch.load(place / "end.pt", weights_only=True)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_agree_and_are_one_with_the_double_batch_stopped_or_not(tmp_path):
+    "Also in the labels that they drop."
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     _, one = ended(tmp_path / "one", sys.executable)
     _, two = ended(tmp_path / "two", *torchrun)
     torch.testing.assert_close(two[:8], one[:8], rtol=1e-5, atol=1e-6)  # the losses
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
-    assert (one[8:] - weights(tiny().net).repeat(2)).abs().median() > 1e-4, "they have moved further than that"
-    said, early = ended(tmp_path / "stopped", *torchrun, extra=["--stop"])
-    assert said.count("stopped by SIGTERM after step 5") == 2 and Checkpoints(tmp_path / "stopped" / "run").steps() == [
-        4,
-        5,
-    ]
+    assert (one[8:] - weights(tiny(num_class_embeds=11).net).repeat(2)).abs().median() > 1e-4, (
+        "they have moved further than that"
+    )
+    printed, early = ended(tmp_path / "stopped", *torchrun, extra=["--stop"])
+    assert printed.count("stopped by SIGTERM after step 5") == 2
+    assert Checkpoints(tmp_path / "stopped" / "run").steps() == [4, 5]
     assert not torch.equal(early, two)
     _, late = ended(tmp_path / "stopped", *torchrun)
     assert torch.equal(late, two), "stopped on one process, resumed on both"
+
+
+# -- labels
+
+
+class Labelled(torch.nn.Module):
+    "A network that answers with the x_0 of the label it is given, and notes the labels."
+
+    def __init__(self, rows):
+        super().__init__()
+        self.config, self.given = dict(num_class_embeds=rows), []
+        self.answers = torch.nn.Embedding(rows, 1)
+
+    def forward(self, x_t, t, class_labels):
+        self.given.append(class_labels.clone())
+        return self.answers(class_labels)[:, :, None, None] + 0 * x_t
+
+
+def black_and_white(n=40):
+    labels = torch.arange(n) % 2
+    return Images((255 * labels)[:, None, None, None].expand(-1, 1, 8, 8).to(torch.uint8), labels)
+
+
+def test_the_network_is_given_the_label_of_each_image():
+    images, net = black_and_white(), Labelled(2)
+    trainer = Trainer(DDPM(net, linear_schedule(), predicts="x0"), images, config(steps=10, flip=True, accumulate=2))
+    trainer.fit()
+    batches = iter(ImageBatches(images, 8, seed=0, flip=True))
+    for labels in net.given:
+        assert torch.equal(next(batches)[:, 0, 0, 0], 2 * labels - 1.0) and labels.dtype == torch.int64
+    assert len(net.given) == 20 and trainer.ema.image_shape == (1, 8, 8)
+
+
+def test_a_fraction_of_the_labels_is_dropped_and_the_rest_of_the_run_is_what_it_was():
+    def labels_of(drop):
+        net = Labelled(3)
+        c = config(steps=50, batch_size=40, drop_labels=drop)
+        Trainer(DDPM(net, linear_schedule(), predicts="x0"), black_and_white(), c).fit()
+        return torch.cat(net.given)
+
+    plain, dropped = labels_of(0.0), labels_of(0.3)
+    assert plain.max() == 1 and torch.equal(dropped[dropped < 2], plain[dropped < 2])
+    assert abs((dropped == 2).double().mean() - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
+
+
+def test_with_its_label_an_image_is_predicted_better_than_without():
+    images, losses = black_and_white(), {}
+    x0, y = to_network(images.pixels), images.labels
+    for name, changes, cond in (("none", {}, None), ("labels", dict(num_class_embeds=2), dict(class_labels=y))):
+        m = DDPM(tiny(**changes).net, linear_schedule(), predicts="x0")
+        trainer = Trainer(m, images, config(steps=50, batch_size=16))
+        trainer.fit()
+        with torch.no_grad():
+            losses[name] = simple_loss(trainer.ema, x0, rng(1), cond=cond).item()
+            if cond:
+                losses["swapped"] = simple_loss(trainer.ema, x0, rng(1), cond=dict(class_labels=1 - y)).item()
+    assert losses["labels"] < 0.5 * losses["none"] < losses["swapped"]
+
+
+def test_two_halves_of_a_run_on_labels_are_one_run(digits, tmp_path):
+    def run(place, **changes):
+        c = config(out=str(tmp_path / place), drop_labels=0.4, **changes)
+        trainer = Trainer(tiny(num_class_embeds=11, dropout=0.1), digits, c)
+        trainer.fit()
+        return everything(trainer)
+
+    run("halves", steps=3)
+    assert torch.equal(run("halves", steps=6, resume=True), run("straight", steps=6))
+
+
+def test_labels_that_are_not_there_or_do_not_fit_are_refused_when_the_trainer_is_made(digits):
+    def refused(message, images=digits, drop=0.0, **changes):
+        with pytest.raises(ValueError, match=message):
+            Trainer(tiny(**changes), images, config(drop_labels=drop))
+
+    refused("^images must have labels", Images(digits.pixels), num_class_embeds=10)
+    refused("^labels must lie in 0 … 8 for num_class_embeds=9, got 0 … 9", num_class_embeds=9)
+    refused("^labels must lie in 0 … 9", Images(digits.pixels, digits.labels - 1), num_class_embeds=10)
+    refused("^drop_labels must be 0 for a network without num_class_embeds", drop=0.1)
+    refused("^drop_labels must be 0 unless num_class_embeds is 10 . 1", drop=0.1, num_class_embeds=10)
+    few = Images(digits.pixels[:9], digits.labels[:9], classes=tuple("0123456789"))
+    refused("^drop_labels must be 0 unless num_class_embeds is 10 . 1", few, drop=0.1, num_class_embeds=10)
+    Trainer(tiny(num_class_embeds=11), few, config(drop_labels=0.1))
+
+
+# -- networks of one's own
+
+
+def own(seed=0):
+    torch.manual_seed(seed)
+    return DDPM(OwnNet(), cosine_schedule(100), predicts="v")
+
+
+def test_any_module_is_trained_and_its_model_knows_the_images(digits):
+    trainer = Trainer(own(), digits, config(steps=60, batch_size=32))
+    losses = trainer.fit()
+    assert losses[-15:].mean() < 0.9 * losses[:5].mean()
+    assert trainer.m.image_shape == trainer.ema.image_shape == (1, 8, 8)
+
+
+def test_any_module_is_saved_and_resumed_bit_for_bit(digits, tmp_path):
+    def run(place, seed, **changes):
+        trainer = Trainer(own(seed), digits, config(out=str(tmp_path / place), **changes))
+        trainer.fit()
+        return trainer
+
+    try:
+        own().save_pretrained(tmp_path / "model")
+    except ValueError as error:
+        pytest.skip(str(error))
+    run("halves", 0, steps=3)
+    resumed, straight = run("halves", 1, steps=6, resume=True), run("straight", 0, steps=6)
+    assert torch.equal(everything(resumed), everything(straight))
+    again = DDPM.from_pretrained(model_folder(tmp_path / "halves"), net=OwnNet())
+    assert torch.equal(weights(again.net), weights(straight.ema.net))
+
+
+@pytest.mark.parametrize("net", [lambda x_t, t: x_t, torch.nn.Identity(), OwnNet().requires_grad_(False)])
+def test_what_has_no_parameters_to_train_is_refused(digits, net):
+    with pytest.raises(ValueError, match=f"^m.net must be an nn.Module with param.*, got {type(net).__name__}"):
+        Trainer(DDPM(net, linear_schedule()), digits, config())
 
 
 # -- settings
@@ -632,7 +800,8 @@ def test_two_processes_agree_and_are_one_with_the_double_batch_stopped_or_not(tm
     [
         dict(steps=0), dict(batch_size=0), dict(accumulate=0), dict(lr=0.0), dict(lr=math.inf), dict(warmup=-1),
         dict(clip_grad=0.0), dict(ema=1.0), dict(ema=-0.1), dict(seed=-1), dict(save_every=0), dict(keep=0),
-        dict(keep_every=-1), dict(log_every=0), dict(objective="vlb"), dict(precision="fp8"), dict(track="paper"),
+        dict(keep_every=-1), dict(log_every=0), dict(drop_labels=1.0), dict(drop_labels=-0.1),
+        dict(objective="vlb"), dict(precision="fp8"), dict(track="paper"),
         dict(resume=True),
     ],
 )  # fmt: skip
@@ -653,8 +822,12 @@ def test_images_that_do_not_fit_and_folders_that_cannot_be_written_are_refused_b
         model_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no model"):
         model_folder(tmp_path)
-    with pytest.raises(ValueError, match="out must be None unless m.net is a UNet"):
-        Trainer(DDPM(torch.nn.Conv2d(1, 1, 1), linear_schedule()), digits, config(out=str(tmp_path)))
+
+
+def test_the_settings_have_their_names_in_the_order_of_before():
+    names = "steps batch_size accumulate objective lr warmup decay clip_grad ema flip seed precision channels_last"
+    names += " compile out resume save_every keep keep_every log_every track progress"
+    assert [name for name in vars(TrainConfig()) if name != "drop_labels"] == names.split()
 
 
 def test_curves_and_pictures_are_written_for_tensorboard(digits, tmp_path):
@@ -667,12 +840,3 @@ def test_curves_and_pictures_are_written_for_tensorboard(digits, tmp_path):
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
     assert events.Scalars("loss")[0].value == pytest.approx(losses[:2].mean().item(), rel=1e-5)
     assert len(events.Images("samples/image/0" if "samples/image/0" in events.Tags()["images"] else "samples")) == 1
-
-
-def test_where_a_tracker_is_missing_the_line_to_install_it_is_given(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    assert trackers("auto") == trackers("none") == []
-    with pytest.raises(ImportError, match=r"pip install 'ddpm_lit\[tracking\]'"):
-        trackers("tensorboard")
-    with pytest.raises(ImportError, match="pip install wandb"):
-        trackers("wandb")
