@@ -34,8 +34,11 @@ from ddpm_lit.forward import linear_schedule
 from ddpm_lit.images import Images, save_grid, to_network, to_pixels
 from ddpm_lit.loading import load_images
 from ddpm_lit.metrics import ClassifierFeatures, FeatureStatistics, evaluate_samples, image_statistics
+from ddpm_lit.pretrained import load_run
 from ddpm_lit.processes import spawn_generators
-from ddpm_lit.sampler import Sampling, load_run
+from ddpm_lit.sampler import Sampling
+
+pytestmark = pytest.mark.filterwarnings("ignore:32 features need")  # most evaluations here are of ten images
 
 
 def close(got, expected, rtol=1e-9, atol=1e-12):
@@ -819,7 +822,6 @@ def test_features_of_a_network_need_no_labels_no_memory_and_with_statistics_no_i
     assert numbers(tmp_path / "x")["bits_per_dim"]["n"] == 12, "all, where there are fewer"
 
 
-@pytest.mark.filterwarnings("ignore:32 features need")
 def test_a_network_with_classes_is_measured_with_the_labels_of_the_data(measure, tmp_path, digits, features):
     m = class_model()
     m.save_pretrained(tmp_path / "classes" / "model")
