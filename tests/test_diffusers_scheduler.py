@@ -10,8 +10,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm_lit import DDPM, beta_tilde, linear_schedule, q_sample
 from ddpm_lit.checks import rng
+from ddpm_lit.ddpm import DDPM
+from ddpm_lit.forward import linear_schedule, q_sample
+from ddpm_lit.posterior import beta_tilde
 
 T = 1000
 SHAPE = (5, 3, 4, 4)

@@ -1,11 +1,11 @@
-"""The exact chain: against formulas with matrix inverses in NumPy, torch.distributions, autograd, and simulation."""
+"""Exact distributions: against matrix inverses in NumPy, torch.distributions, autograd, and simulation."""
 
 import functools
 
 import numpy as np
 import pytest
 import torch
-from ddpm_lit.images import Images, to_pixels
+from doubles import rng
 from scipy.stats import ks_2samp
 
 from ddpm_lit.bound import vlb_terms
@@ -21,6 +21,7 @@ from ddpm_lit.exact import (
     optimal_variance,
 )
 from ddpm_lit.forward import linear_schedule, q_sample, q_step
+from ddpm_lit.images import Images, to_pixels
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
 
 s = linear_schedule()
@@ -28,16 +29,12 @@ DIMENSIONS = [1, 2, 3, 7, 16, 64]
 TIMES = [0, 1, 40, 500, 999]
 
 
-def rng(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
 
 
 @functools.cache
-def law(d, K=3, rank=None):
+def mixture(d, K=3, rank=None):
     "Weights, means and covariances of K parts, of full rank unless said."
     weights = torch.rand(K, generator=rng(d), dtype=torch.float64) + 0.2
     root = randn(K, d, rank or d, seed=d + 1) / (5 * (rank or d)) ** 0.5
@@ -62,19 +59,19 @@ def conditional(weights, means, covs, y, scale, noise):
         logs.append(np.log(w) - 0.5 * gap @ inverse @ gap - 0.5 * np.linalg.slogdet(C)[1])
         centres.append(m + scale * S @ inverse @ gap)
         spreads.append(S - scale**2 * S @ inverse @ S)
-    shares = np.exp(np.array(logs) - max(logs))
-    shares /= shares.sum()
-    mean = sum(r * c for r, c in zip(shares, centres, strict=True))
+    fractions = np.exp(np.array(logs) - max(logs))
+    fractions /= fractions.sum()
+    mean = sum(r * c for r, c in zip(fractions, centres, strict=True))
     off = [c - mean for c in centres]
-    return mean, sum(r * (S + np.outer(o, o)) for r, S, o in zip(shares, spreads, off, strict=True))
+    return mean, sum(r * (S + np.outer(o, o)) for r, S, o in zip(fractions, spreads, off, strict=True))
 
 
-# ------------------------------------------------------------------------------------------- laws and their parts
+# ------------------------------------------------------------------------------- distributions and their parts
 
 
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_densities_are_those_of_torch(d):
-    weights, means, covs = law(d)
+    weights, means, covs = mixture(d)
     data, x = MixtureData(weights, means, covs), randn(50, d, seed=9)
     torch.testing.assert_close(data.log_prob(x), torchs(weights, means, covs).log_prob(x), rtol=1e-9, atol=1e-9)
     assert torch.equal(data.nll(x), -data.log_prob(x))
@@ -87,7 +84,7 @@ def test_densities_are_those_of_torch(d):
 @pytest.mark.parametrize("d", DIMENSIONS)
 @pytest.mark.parametrize("t", TIMES)
 def test_posterior_and_reverse_step_are_those_of_matrix_inverses(d, t):
-    weights, means, covs = law(d)
+    weights, means, covs = mixture(d)
     data = MixtureData(weights, means, covs)
     x_t = q_sample(s, data.sample(4, rng(1)), t, randn(4, d, seed=2))
     behind, step = data.posterior(s, x_t, t), data.reverse_step(s, x_t, t)
@@ -106,7 +103,7 @@ def test_posterior_and_reverse_step_are_those_of_matrix_inverses(d, t):
 
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_the_score_is_the_gradient_of_the_log_density(d):
-    data = MixtureData(*law(d))
+    data = MixtureData(*mixture(d))
     for t in TIMES:
         x = randn(20, d, seed=3).requires_grad_()
         (slope,) = torch.autograd.grad(data.marginal(s, t).log_prob(x).sum(), x)
@@ -116,13 +113,13 @@ def test_the_score_is_the_gradient_of_the_log_density(d):
 
 @pytest.mark.parametrize("d", [1, 5, 64])
 def test_a_mixture_of_one_part_is_a_gaussian_and_equal_parts_are_one(d):
-    _, means, covs = law(d)
+    _, means, covs = mixture(d)
     gauss, x = GaussianData(means[0], covs[0]), randn(30, d, seed=4)
     same = MixtureData([0.25, 0.75], means[[0, 0]], covs[[0, 0]])
     for other in (MixtureData([1.0], means[:1], covs[:1]), same):
         for t in TIMES:
-            laws = [(data.posterior(s, x, t), data.marginal(s, t)) for data in (gauss, other)]
-            for a, b in zip(*laws, strict=True):
+            both = [(data.posterior(s, x, t), data.marginal(s, t)) for data in (gauss, other)]
+            for a, b in zip(*both, strict=True):
                 torch.testing.assert_close(a.mean(), b.mean(), rtol=1e-9, atol=1e-10)
                 torch.testing.assert_close(a.mean_variance(), b.mean_variance(), rtol=1e-9, atol=1e-10)
             torch.testing.assert_close(gauss.eps(s, x, t), other.eps(s, x, t), rtol=1e-9, atol=1e-10)
@@ -130,12 +127,12 @@ def test_a_mixture_of_one_part_is_a_gaussian_and_equal_parts_are_one(d):
 
 @pytest.mark.parametrize(("d", "rank"), [(2, 1), (7, 3), (64, 5)])
 def test_flat_data_have_no_density_but_all_else(d, rank):
-    weights, means, covs = law(d, 1, rank)
+    weights, means, covs = mixture(d, 1, rank)
     flat = MixtureData(weights, means, covs)
     assert ((flat.parts.var > 0).sum() == rank).all()
-    for asked in (flat.log_prob, flat.nll, flat.score):
+    for method in (flat.log_prob, flat.nll, flat.score):
         with pytest.raises(ValueError, match="covs must have full rank"):
-            asked(means)
+            method(means)
     outside = torch.eye(d).double() - covs[0] @ torch.linalg.pinv(covs[0])  # projects the plane away
     draws = flat.sample(100, rng(5)) - means
     assert draws.std() > 0.05 and (draws @ outside).abs().max() < 1e-6
@@ -157,7 +154,7 @@ def test_points_are_averaged_by_their_probabilities():
 
 
 def test_one_variance_for_all_or_one_each_is_that_many_matrices():
-    weights, means, _ = law(4)
+    weights, means, _ = mixture(4)
     eye, x = torch.eye(4).double(), randn(20, 4, seed=10)
     for covs, matrices in ((0.3, [0.3] * 3), ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])):
         full = MixtureData(weights, means, torch.stack([v * eye for v in matrices]))
@@ -172,7 +169,7 @@ def test_one_variance_for_all_or_one_each_is_that_many_matrices():
 
 @pytest.mark.parametrize("t", TIMES)
 def test_float32_is_float64_rounded_and_images_are_vectors(t):
-    data = MixtureData(*law(16))
+    data = MixtureData(*mixture(16))
     x0 = data.sample(8, rng(11))
     x_t = q_sample(s, x0, t, randn(8, 16, seed=12)).float()
     as_images = x_t.reshape(8, 1, 4, 4)
@@ -188,7 +185,7 @@ def test_float32_is_float64_rounded_and_images_are_vectors(t):
 
 
 def test_each_image_may_have_its_own_t():
-    data, t = MixtureData(*law(3)), torch.tensor(TIMES)
+    data, t = MixtureData(*mixture(3)), torch.tensor(TIMES)
     x_t = randn(5, 3, seed=13)
     together = data.posterior(s, x_t, t), data.reverse_step(s, x_t, t)
     for i, one in enumerate(TIMES):
@@ -199,8 +196,8 @@ def test_each_image_may_have_its_own_t():
         torch.testing.assert_close(*density, rtol=1e-12, atol=1e-12)
 
 
-def test_draws_have_the_moments_of_the_law_and_repeat():
-    weights, means, covs = law(3)
+def test_draws_have_the_moments_of_the_mixture_and_repeat():
+    weights, means, covs = mixture(3)
     data = MixtureData(weights, means, covs)
     x = data.sample(200_000, rng(14))
     mean = (weights[:, None] * means).sum(0)
@@ -213,9 +210,9 @@ def test_draws_have_the_moments_of_the_law_and_repeat():
     assert torch.equal(x, data.sample(200_000, rng(14))) and not torch.equal(x, data.sample(200_000, rng(15)))
 
 
-def test_a_draw_of_every_reverse_step_follows_the_joint_law():
+def test_a_draw_of_every_reverse_step_follows_the_joint_distribution():
     # Pairs made backwards, x_t first and x_{t-1} by the reverse step, against pairs made forwards.
-    data, t, n = MixtureData(*law(2)), 150, 100_000
+    data, t, n = MixtureData(*mixture(2)), 150, 100_000
     forwards = q_sample(s, data.sample(n, rng(16)), t - 1, randn(n, 2, seed=17))
     forwards = forwards, q_step(s, forwards, t).sample(rng(18))
     x_t = q_sample(s, data.sample(n, rng(19)), t, randn(n, 2, seed=20))
@@ -230,7 +227,7 @@ devices = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 @pytest.mark.parametrize("device", devices)
 def test_all_of_it_runs_on(device):
-    data, moved, on_device = MixtureData(*law(3)), MixtureData(*law(3)).to(device), s.to(device)
+    data, moved, on_device = MixtureData(*mixture(3)), MixtureData(*mixture(3)).to(device), s.to(device)
     assert isinstance(moved, MixtureData) and moved.axes.device.type == device
     x_t = randn(6, 3, seed=22)
     expected = exact_ddpm(data, s).p_step(x_t, 100, clip=False).mean
@@ -251,7 +248,7 @@ def sliced_p_values(a, b, directions=12):
 
 
 def test_the_chain_returns_the_data():
-    data, n = MixtureData(*law(2)), 4000
+    data, n = MixtureData(*mixture(2)), 4000
     truth = data.sample(n, rng(24))
     m = exact_ddpm(data, linear_schedule(250, 4e-4, 0.08), variance="beta")
     drawn = ancestral_sample(m, (n, 2), randn(n, 2, seed=25), rng(26), clip=False)
@@ -264,7 +261,7 @@ def test_the_chain_returns_the_data():
 
 @pytest.mark.parametrize("d", [1, 2, 16])
 def test_the_bound_is_above_the_exact_nll_by_what_was_predicted(d):
-    weights, means, covs = law(d)
+    weights, means, covs = mixture(d)
     data = MixtureData(weights, means / 3, covs / 4)  # inside [-1, 1]
     x0 = to_pixels(data.sample(2000, rng(27)).reshape(-1, 1, 1, d)).double().flatten(1) / 127.5 - 1
     c, bits = linear_schedule(12, 0.02, 0.8), np.log(2)
@@ -297,7 +294,7 @@ def test_evaluate_bpd_agrees_with_the_prediction():
 
 @pytest.mark.parametrize("d", DIMENSIONS)
 def test_the_optimal_variance_of_a_gaussian_is_the_mean_over_its_axes(d):
-    _, means, covs = law(d)
+    _, means, covs = mixture(d)
     lam = torch.linalg.eigvalsh(covs[0])[:, None]
     data = GaussianData(means[0], covs[0])
     floor = error_floor(data, s, 2)
@@ -311,7 +308,7 @@ def test_the_optimal_variance_of_a_gaussian_is_the_mean_over_its_axes(d):
 
 # ------------------------------------------------------------------------------------------------------- bad input
 
-good = law(3)
+good = mixture(3)
 BAD = {
     r"means must be \(K, d\)": lambda: MixtureData([1.0], [0.0, 0.0], 1.0),
     r"weights \(K,\), got": lambda: MixtureData([0.5, 0.5], [[0.0, 0.0]], 1.0),
@@ -325,7 +322,7 @@ BAD = {
     "no negative variance along any axis, got -2": lambda: GaussianData([0.0], -2.0),
     "x must have 3 entries": lambda: MixtureData(*good).log_prob(torch.zeros(2, 4)),
     "t must lie in 0 … 999": lambda: MixtureData(*good).marginal(s, 1000),
-    "n must be given for one law": lambda: MixtureData(*good).sample(),
+    "n must be given for one distribution": lambda: MixtureData(*good).sample(),
     "for many it must not, got 4": lambda: MixtureData(*good).reverse_step(s, torch.zeros(2, 3), 5).sample(4),
     "predicts must be one of": lambda: exact_ddpm(MixtureData(*good), s, "epsilon"),
     "floor must be given if and only if variance is 'learned'": lambda: exact_ddpm(
@@ -340,7 +337,7 @@ def test_bad_input_is_named(message):
         BAD[message]()
 
 
-def test_a_law_of_many_is_one_law_each():
+def test_many_distributions_are_one_for_each_image():
     step = MixtureData(*good).reverse_step(s, randn(5, 3), 10)
     assert type(step) is Mixture and step.weights.shape == (5, 3)
     assert step.sample(generator=rng(31)).shape == (5, 3)

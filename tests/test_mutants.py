@@ -1,7 +1,13 @@
 """The tool behind `make mutants`: what it changes, and what it takes for noticed."""
 
-import mutants
+import importlib.util
+from pathlib import Path
+
 import pytest
+
+PATH = Path(__file__).parents[1] / "tools" / "mutants.py"
+spec = importlib.util.spec_from_file_location("mutants", PATH)
+spec.loader.exec_module(mutants := importlib.util.module_from_spec(spec))
 
 CHAPTER = [
     "#| default_exp toy",
@@ -34,9 +40,9 @@ def test_every_symbol_of_a_formula_is_changed_and_no_words():
 
 
 def noticed(cells):
-    expected, _ = mutants.said(cells)
+    expected, _ = mutants.run(cells)
     return [
-        mutants.said([*cells[: c.cell], c.of(cells[c.cell]), *cells[c.cell + 1 :]])[0] != expected
+        mutants.run([*cells[: c.cell], c.of(cells[c.cell]), *cells[c.cell + 1 :]])[0] != expected
         for c in mutants.changes(cells)
     ]
 
@@ -53,4 +59,4 @@ def test_what_is_left_is_what_no_cell_checks(check, left, monkeypatch):
 
 def test_a_chapter_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.chdir(mutants.ROOT)
-    assert mutants.said(["while True:\n    pass"], seconds=1)[0] is None
+    assert mutants.run(["while True:\n    pass"], seconds=1)[0] is None

@@ -1,6 +1,6 @@
 """Which wrong formulas would nobody notice? Change one symbol of an exported cell at a time, and see.
 
-    python tests/mutants.py 01_gaussian 02_forward       # or `make mutants ARGS="01_gaussian 02_forward"`
+    python tools/mutants.py 01_gaussian 02_forward       # or `make mutants ARGS="01_gaussian 02_forward"`
 
 Every changed chapter is run as a program. Where it prints what it always prints, the change goes into a copy of the
 library, and tests run there. What is left is printed: each line is either no change at all (`<` for `<=` where nothing
@@ -43,7 +43,7 @@ NAMES = dict(
 
 
 class Change(NamedTuple):
-    "One symbol of a cell: where it is, and what stands there instead."
+    "One symbol of a cell: its place, and the replacement."
 
     cell: int
     start: int
@@ -54,13 +54,13 @@ class Change(NamedTuple):
         return source[: self.start] + self.new + source[self.end :]
 
     def shown(self, source: str) -> str:
-        "The line with the change marked in it."
+        "Return the line with the change marked in it."
         before, after = source[: self.start].rsplit("\n", 1)[-1].lstrip(), source[self.end :].split("\n", 1)[0]
         return f"{before}[{source[self.start : self.end]} → {self.new}]{after}"
 
 
 def symbols(tree: ast.AST, source: str):
-    "Every symbol that can be changed, as (start, end, what stands there instead)."
+    "Yield every symbol that can be changed, as (start, end, what stands there instead)."
     lines = [0]
     for line in source.splitlines(keepends=True):
         lines.append(lines[-1] + len(line.encode()))
@@ -97,7 +97,7 @@ def symbols(tree: ast.AST, source: str):
 
 
 def without_words(tree: ast.AST) -> ast.AST:
-    "The same without annotations, imports, f-strings and what is raised: there is no formula in them."
+    "Return the tree without annotations, imports, f-strings and what is raised: there is no formula in them."
 
     class Formulas(ast.NodeTransformer):
         def visit(self, node):
@@ -109,20 +109,20 @@ def without_words(tree: ast.AST) -> ast.AST:
 
 
 def changes(cells: list[str]) -> list[Change]:
-    "All changes of the exported cells that still are programs."
-    found = []
+    "Return all changes of the exported cells that still are programs."
+    valid = []
     for i, source in enumerate(cells):
         if re.search(r"^#\|\s*exporti?\b", source, re.M):
             for start, end, new in sorted(set(symbols(without_words(ast.parse(source)), source))):
                 change = Change(i, start, end, new)
                 with contextlib.suppress(SyntaxError):
                     compile(change.of(source), "cell", "exec")
-                    found.append(change)
-    return found
+                    valid.append(change)
+    return valid
 
 
-def said(cells: list[str], seconds: int = 0) -> tuple[str | None, float]:
-    "What a chapter prints; None where it ends in an error, or goes on for more than so many seconds. Its seconds, too."
+def run(cells: list[str], seconds: int = 0) -> tuple[str | None, float]:
+    "Return what a chapter prints, None if it ends in an error or takes longer than `seconds`; and its seconds."
 
     def late(*_):
         raise TimeoutError
@@ -142,7 +142,7 @@ def said(cells: list[str], seconds: int = 0) -> tuple[str | None, float]:
 
 
 def seen_by_tests(chapter: str, cells: list[str]) -> bool:
-    "Whether one of the `GENERAL` tests fails for it, or one of those named for the chapter's module."
+    "Return whether a test of the chapter's module, `tests/test_<module>.py`, fails, or one of the `GENERAL` tests."
     (module,) = re.findall(r"#\|\s*default_exp\s+(\w+)", "\n".join(cells))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -173,10 +173,10 @@ def main(*chapters: str) -> None:
         cells = [cell.source for cell in nb.cells if cell.cell_type == "code"]
         todo = changes(cells)
         with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
-            (printed, seconds), (again, _) = pool.map(said, [cells, cells], chunksize=1)
+            (printed, seconds), (again, _) = pool.map(run, [cells, cells], chunksize=1)
             assert printed is not None and printed == again, f"{chapter} does not run as it is, or prints other things"
             changed = [[*cells[: c.cell], c.of(cells[c.cell]), *cells[c.cell + 1 :]] for c in todo]
-            jobs = [pool.apply_async(said, [new, 10 + int(4 * seconds)]) for new in changed]
+            jobs = [pool.apply_async(run, [new, 10 + int(4 * seconds)]) for new in changed]
             passed = [i for i, job in enumerate(jobs) if job.get()[0] == printed]
             assert not passed or not pool.apply(seen_by_tests, [chapter, cells]), f"{chapter}: its tests fail as it is"
             jobs = {i: pool.apply_async(seen_by_tests, [chapter, changed[i]]) for i in passed}
