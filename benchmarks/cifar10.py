@@ -34,7 +34,7 @@ from ddpm_lit.evaluation import evaluate_bpd
 from ddpm_lit.files import model_folder
 from ddpm_lit.images import Images, save_grid, to_network, to_pixels
 from ddpm_lit.loading import load_images
-from ddpm_lit.metrics import image_statistics
+from ddpm_lit.metrics import FeatureStatistics, image_statistics
 from ddpm_lit.sampler import ancestral_sample
 from ddpm_lit.trainer import TrainConfig
 from ddpm_lit.unet import PRESETS

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 from compare import line, lines, processor, quiet, read_header, spread, take_turns
-from ddpm_lit.images import to_network
 from peers import NAMES, PEERS, SHAPES
 
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
+from ddpm_lit.images import to_network
 from ddpm_lit.loading import load_images
+from ddpm_lit.processes import peak_memory
 
 BATCH = 8
 PRECISIONS = {
@@ -118,7 +119,7 @@ def peak(name: str, precision: str) -> None:
     step = network_works(name, precision)["training step"]
     for _ in range(2):
         step()
-    print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
+    print(peak_memory(torch.device("cpu")) / 2**20)
 
 
 NEEDED = "DDPM, TrainConfig, Trainer, UNet, ddim_sample, linear_schedule, load_images, save_grid, to_pixels"

@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
 from ddpm_lit.images import Images
+from ddpm_lit.processes import peak_memory, reset_peak_memory
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
 from ddpm_lit.trainer import TrainConfig, Trainer
 from ddpm_lit.unet import PRESETS
@@ -61,8 +62,8 @@ def config(steps: int) -> TrainConfig:
     return TrainConfig(**recipe, precision="bf16", channels_last=True, compile=True)
 
 
-def our_trainer(steps: int) -> Trainer:
-    return Trainer(DDPM(fresh("ddpm_lit", CASE), linear_schedule()), images(), config(steps))
+def our_trainer(steps: int, on_step: Callable | None = None) -> Trainer:
+    return Trainer(DDPM(fresh("ddpm_lit", CASE), linear_schedule()), images(), config(steps), on_step=on_step)
 
 
 def their_step(name: str, compiled: bool) -> Callable:
@@ -77,15 +78,13 @@ def training() -> None:
     """
     others = {f"parts of {name}": their_step(name, False) for name in NAMES[1:]}
     others["parts of diffusers, compiled"] = their_step("diffusers", True)
-    took, done = defaultdict(list), 0
+    took, began = defaultdict(list), 0.0
     for step in others.values():
         for _ in range(WARM):
             step()
-    trainer = our_trainer(WARM + STEPS * ROUNDS)
 
-    def between(*_) -> None:
-        nonlocal done, began
-        done += 1
+    def between(done: int, loss: torch.Tensor) -> None:
+        nonlocal began
         if done >= WARM and (done - WARM) % STEPS == 0:
             wait()
             if done > WARM:
@@ -98,9 +97,7 @@ def training() -> None:
                     took[name].append(time.perf_counter() - began)
             began = time.perf_counter()
 
-    began = 0.0
-    trainer.optimizer.register_step_post_hook(between)
-    trainer.fit()
+    our_trainer(WARM + STEPS * ROUNDS, between).fit()
     show = partial(spread, unit="ms a step", scale=1000 / STEPS)
     lines(f"training step, batch {BATCH}, bf16, channels-last; `Trainer.fit` compiled", took, show)
     rate = STEPS / median(took["ddpm_lit"])
@@ -147,14 +144,14 @@ def sampling() -> None:
 
 
 def memory() -> None:
-    "The most that the device's allocator has held, in a few steps of training of each."
+    "The most that the device's allocator has held (on the CPU: this process), in a few steps of training of each."
 
     def measured(work: Callable) -> float:
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory(torch.device(DEVICE))
         work()
-        return torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else float("nan")
+        return peak_memory(torch.device(DEVICE)) / 2**30
 
     def theirs(name: str) -> None:
         step = their_step(name, False)
@@ -177,10 +174,8 @@ def profiling() -> None:
     "Where the time of ten steps of `fit` goes: products (convolutions, matrices, attention), and the largest others."
     warm, active = (1, 1) if TRY else (WARM, 10)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")
-    trainer = our_trainer(warm + active + 2)
     with profile(activities=kinds, schedule=schedule(wait=warm, warmup=1, active=active, repeat=1)) as profiled:
-        trainer.optimizer.register_step_post_hook(lambda *_: profiled.step())
-        trainer.fit()
+        our_trainer(warm + active + 2, on_step=lambda *_: profiled.step()).fit()
     found = kernels(profiled)
     total, products = sum(found.values()), sum(us for name, us in found.items() if PRODUCTS.search(name))
     shown = f"{products / active / 1000:.2f} of {total / active / 1000:.2f} ms a step"

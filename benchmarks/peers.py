@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from ddpm_lit.images import Images
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import linear_schedule
+from ddpm_lit.images import Images
 from ddpm_lit.loading import ImageBatches
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
 from ddpm_lit.trainer import TrainConfig

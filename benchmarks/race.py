@@ -58,13 +58,13 @@ def race(name: str, images: Images, features: ClassifierFeatures, goal: float, s
     "The clock of a training with the parts of `name` that has reached the goal, or all its steps."
     config = TrainConfig(**PRESETS["digits"].training | dict(seed=seed, progress=False) | settings)
     if name == "ddpm_lit":
-        trainer = Trainer(DDPM(fresh(name, "digits", seed), SCHEDULE), images, config)
+        m = DDPM(fresh(name, "digits", seed), SCHEDULE)
+        trainer = Trainer(m, images, config, on_step=lambda *_: clock.step(lambda: trainer.ema.net))
     else:
         loop = PlainLoop(name, "digits", images, config, "scaled_linear")
     clock = Clock(images, features, goal)
     try:
         if name == "ddpm_lit":
-            trainer.optimizer.register_step_post_hook(lambda *_: clock.step(lambda: trainer.m.net))
             trainer.fit()
         else:
             while loop.done < config.steps:

@@ -21,6 +21,7 @@ import torch
 from compare import processor, take_turns
 from peers import PEERS, SHAPES, Peer
 
+from ddpm_lit.processes import peak_memory, reset_peak_memory
 from ddpm_lit.unet import UNet
 
 TRY = "--try" in sys.argv
@@ -46,23 +47,6 @@ def autocast():
     return torch.autocast("cuda", torch.bfloat16) if CUDA else contextlib.nullcontext()
 
 
-class Peak:
-    "Most memory in use within a `with`: of the GPU's allocator, or this process's resident set (Linux), in bytes."
-
-    def __enter__(self):
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-        return self
-
-    def __exit__(self, *_):
-        if CUDA:
-            self.bytes = torch.cuda.max_memory_allocated()
-        else:
-            self.bytes = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
 def all_memory() -> int:
     "Bytes of the device."
     if CUDA:
@@ -75,9 +59,9 @@ def rates(net: torch.nn.Module, batch: int, size: int, rounds: int = 2) -> tuple
     x, eps = torch.randn(2, batch, 3, size, size, device=DEVICE)
     t, peer = torch.zeros(batch, dtype=torch.long, device=DEVICE), Peer(net, None)
     works = {"forward": peer.forward(x, t, autocast), "training": peer.training(x, t, eps, autocast)}
-    with Peak() as peak:
-        took = take_turns(works, rounds)
-    return batch / median(took["forward"]), batch / median(took["training"]), peak.bytes
+    reset_peak_memory(torch.device(DEVICE))
+    took = take_turns(works, rounds)
+    return batch / median(took["forward"]), batch / median(took["training"]), peak_memory(torch.device(DEVICE))
 
 
 def measured(net: torch.nn.Module, cases: list[tuple[int, int]], named: int) -> list[tuple]:

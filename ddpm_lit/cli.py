@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/40_command_line.ipynb #2
+# %% ../nbs/40_command_line.ipynb #3
 import contextlib
-import json
 import logging
 import shutil
 import sys
@@ -21,21 +20,32 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from jaxtyping import Int64, UInt8
+from torch import Tensor
 
 import ddpm_lit
 from ddpm_lit.ddpm import DDPM
-from ddpm_lit.evaluation import EvaluationRun, measure_bits, measure_samples, remove_caches, scorecard, versions
-from ddpm_lit.files import CachedPictures, CachedSamples, atomic_folder, atomic_write, save_npz, writable_folder
+from ddpm_lit.evaluation import evaluate_run, scorecard, versions
+from ddpm_lit.files import (
+    CachedPictures,
+    CachedSamples,
+    atomic_folder,
+    atomic_write,
+    read_json,
+    save_npz,
+    writable_folder,
+    write_json,
+)
 from ddpm_lit.forward import schedule_by_name
-from ddpm_lit.images import Images, save_animation, save_grid
+from ddpm_lit.images import Images, save_animation, save_grid, to_pixels
 from ddpm_lit.loading import StoredImages, load_images, load_images_once
-from ddpm_lit.processes import Stopped, is_main_process, print_main
 from ddpm_lit.pretrained import load_run
-from ddpm_lit.sampler import Sampling, draw_batches, sampling_request
+from ddpm_lit.processes import Stopped, is_main_process, print_main
+from ddpm_lit.sampler import Sampling, batch_labels, draw_batches, sampling_request
 from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
 from ddpm_lit.unet import PRESETS, UNet
 
-# %% ../nbs/40_command_line.ipynb #7
+# %% ../nbs/40_command_line.ipynb #9
 class UncheckedTrainConfig(TrainConfig):
     "A TrainConfig as parsed; call `checked()` to validate it, so that the command line can print a one-line error."
 
@@ -43,196 +53,270 @@ class UncheckedTrainConfig(TrainConfig):
         pass
 
     def checked(self) -> TrainConfig:
-        "Return the same settings as a `TrainConfig`; `ValueError` names the first that makes no sense."
+        "Return the same settings as a `TrainConfig`; raise `ValueError`, naming the field, for a wrong value."
         return TrainConfig(**asdict(self))
 
 
 def preset_config(name: str, **changes) -> UncheckedTrainConfig:
-    "Return the training settings of a preset, with a folder under runs/."
+    "Return the training settings of a preset, with a folder under runs/ and some fields changed."
     training = PRESETS[name].training
-    every = 10_000 if training["steps"] > 100_000 else 1000
-    return UncheckedTrainConfig(**training | dict(out=f"runs/{name}", save_every=every) | changes)
+    save_every = 10_000 if training["steps"] > 100_000 else 1000
+    return UncheckedTrainConfig(**training | dict(out=f"runs/{name}", save_every=save_every) | changes)
 
-# %% ../nbs/40_command_line.ipynb #8
+# %% ../nbs/40_command_line.ipynb #12
 @dataclass(frozen=True)
-class Train:
-    """Train a model and write it into a folder, from which `sample` and `evaluate` read it. Killed, it can go on."""
+class _RunAndImages:
+    "Options of `train`: the settings of the run, and the images."
 
     training: tyro.conf.OmitArgPrefixes[UncheckedTrainConfig]
     preset: Literal["digits", "mnist", "cifar10", "celebahq256", "lsun256"] = "digits"
-    """the network, and the defaults of all that follows"""
+    """network architecture, and the defaults of the other options"""
     data: str | None = None
     """digits, mnist5k, a folder of images, a .npy, .npz or .parquet file, or a data set of the Hugging Face Hub"""
     split: str = "train"
-    """the part of a data set that has several"""
+    """split of a data set that has several"""
     size: int | None = None
-    """height and width: images are cropped to a square and resized; by default they are taken as they are"""
+    """height and width: images are cropped to a square and resized; by default they keep their size"""
     stream: bool = False
-    """read a data set of the Hub as it arrives, without a copy on the disk"""
+    """stream a data set of the Hub instead of copying it to the disk first"""
+
+# %% ../nbs/40_command_line.ipynb #13
+@dataclass(frozen=True)
+class _Model(_RunAndImages):
+    "Options of `train`: the schedule and the network."
+
     T: int = 1000
-    """number of steps of the forward process"""
+    """number of diffusion steps"""
     beta_1: float = 1e-4
-    """variance of its first step"""
+    """variance of the first diffusion step"""
     beta_T: float = 0.02
-    """variance of its last step"""
+    """variance of the last diffusion step"""
     schedule: Literal["linear", "scaled_linear", "sigmoid", "cosine"] = "linear"
-    """how the variance rises; scaled_linear: its square root is linear; cosine takes no beta_1 and beta_T"""
+    """how the variance grows; scaled_linear: its square root is linear; cosine: beta_1 and beta_T are not used"""
     layers: int | None = None
-    """residual blocks at each size of the network; by default those of the preset"""
+    """residual blocks at each resolution of the network; by default those of the preset"""
     predicts: Literal["eps", "x0", "mean", "v"] = "eps"
     """what the network predicts"""
     variance: Literal["beta", "beta_tilde", "learned"] = "beta_tilde"
-    """variance of the reverse steps; the network can learn it with `--objective bound`"""
+    """variance of the reverse steps; learned needs `--objective bound`"""
 
     def model(self, images: Images | StoredImages) -> DDPM:
-        "An untrained model for `images`, the same for the same seed."
+        "Return an untrained model for `images`; the same seed gives the same weights."
         s = schedule_by_name(self.schedule, self.T, self.beta_1, self.beta_T)
         channels, height, width = images.shape
-        answers = 2 * channels if self.variance == "learned" else channels
-        changes = dict(in_channels=channels, out_channels=answers, sample_size=[height, width])
+        out_channels = 2 * channels if self.variance == "learned" else channels
+        changes = dict(in_channels=channels, out_channels=out_channels, sample_size=[height, width])
         if self.layers is not None:
             changes["layers_per_block"] = self.layers
         generator = torch.Generator().manual_seed(self.training.seed)
         net = UNet.from_preset(self.preset, generator=generator, **changes)
         return DDPM(net, s, self.predicts, self.variance)
 
+# %% ../nbs/40_command_line.ipynb #17
+@dataclass(frozen=True)
+class Train(_Model):
+    "Train a model and write it into a folder, from which `sample` and `evaluate` read it; --resume continues a run."
+
     def run(self) -> None:
         config = self.training.checked()
         if self.data is None:
-            raise ValueError(f"data must be named for the preset {self.preset}: a folder of photographs, say")
+            raise ValueError(f"data must be given for the preset {self.preset}: a folder of photographs, for example")
         images = load_images_once(self.data, self.size, self.split, self.stream, config.progress)
-        m, pictures = self.model(images), Sampling(steps=min(25, self.T), progress=False)
-        trainer = Trainer(m, images, config, draw=lambda m: pictures.draw(m, 25))
-        save_train_args(self)
+        m, sampling = self.model(images), Sampling(steps=min(25, self.T), progress=False)
+        trainer = Trainer(m, images, config, draw=lambda m: sampling.draw(m, 25))
+        if is_main_process():
+            write_json(Path(config.out) / "train.json", asdict(self))
         losses = trainer.fit()
         skipped = f", {trainer.log.skipped} skipped" if trainer.log.skipped else ""
-        print_main(f"{images!r}: {config.steps} steps{skipped}, loss {losses[-50:].nanmean():.4f}")
-        print_main(f"The model is in {config.out}. Try: ddpm_lit sample {config.out} -n 64 --out samples.png")
+        print_main(
+            f"{images!r}: {config.steps} steps{skipped}, loss {losses[-50:].nanmean():.4f}",
+            f"The model is in {config.out}. Try: ddpm_lit sample {config.out} -n 64 --out samples.png",
+        )
 
-# %% ../nbs/40_command_line.ipynb #10
-def save_train_args(recipe: Train) -> None:
-    "Write what was asked for into the folder of the run, for `recipe_of`."
-    if is_main_process():
-        with atomic_write(Path(recipe.training.out) / "train.json") as draft:
-            draft.write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
-
-
+# %% ../nbs/40_command_line.ipynb #20
 def option_value(args: Sequence[str], option: str) -> str | None:
-    "The value of `option` in `args`, written with a space or with an equals sign."
-    words = [part for word in args for part in word.split("=", 1)]
+    "Return the value of `option` in `args`, written with a space or with an equals sign; None where it is not there."
+    words = [word for arg in args for word in arg.split("=", 1)]
     return words[words.index(option) + 1] if option in words[:-1] else None
 
 
-def default_train(args: Sequence[str]) -> Train:
-    "`Train` with the defaults that `args` ask for: those of the run that is to go on, else those of a preset."
-    named = option_value(args, "--preset")
-    preset = named if named in PRESETS else "digits"
-    out = option_value(args, "--out") or preset_config(preset).out
-    kept = Path(out) / "train.json"
-    if "--resume" in args and kept.is_file():
-        try:
-            told = json.loads(kept.read_text(encoding="utf-8"))
-            if told.get("schedule") == "quadratic":  # the name of before
-                told["schedule"] = "scaled_linear"
-            return Train(UncheckedTrainConfig(**told.pop("training") | dict(resume=True, out=out)), **told)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{kept} cannot be read: {error}") from error
-    p = PRESETS[preset]
-    return Train(preset_config(preset), preset, data=p.data, size=p.size, schedule=p.schedule)
+def saved_train(path: Path, out: str) -> Train:
+    "Read `train.json` of a run that is to be resumed in `out`; `ValueError` where the file is damaged."
+    try:
+        options = read_json(path)
+        if options.get("schedule") == "quadratic":  # as runs of version 0.1 call it
+            options["schedule"] = "scaled_linear"
+        return Train(UncheckedTrainConfig(**options.pop("training") | dict(resume=True, out=out)), **options)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
-# %% ../nbs/40_command_line.ipynb #12
-OUTPUT_FORMATS = {
+
+def default_train(args: Sequence[str]) -> Train:
+    "Return `Train` with the defaults that `args` imply: those of the run that is to be resumed, or of a preset."
+    name = option_value(args, "--preset")
+    name = name if name in PRESETS else "digits"
+    preset, config = PRESETS[name], preset_config(name)
+    out = option_value(args, "--out") or config.out
+    if "--resume" in args and (Path(out) / "train.json").is_file():
+        return saved_train(Path(out) / "train.json", out)
+    return Train(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
+
+# %% ../nbs/40_command_line.ipynb #23
+OUTPUT_FORMATS = {  # default path, suffixes, largest number of images
     "grid": ("samples.png", ".png", 4096),
     "npz": ("samples.npz", ".npz", None),
     "png": ("samples", "", None),
-    "film": ("film.gif", ".gif or .png", 64),
+    "animation": ("film.gif", ".gif or .png", 64),
 }
 
 
-def resolve_output(out: Path | None, form: str | None, every: int | None, n: int) -> tuple[str, Path]:
-    """What is to be written, one of `FORMS`, and where, with the defaults filled in; the folder is made.
+def choose_format(out: Path | None, format: str | None, every: int | None) -> str:
+    "Return the key of `OUTPUT_FORMATS` that the options imply; `ValueError` where they exclude each other."
+    chosen = format or ("npz" if out is not None and out.suffix == ".npz" else "grid")
+    if every is not None and chosen != "grid":
+        raise ValueError(f"every must come with a .gif or .png file as out, got the format {chosen}")
+    return chosen if every is None else "animation"
 
-    `ValueError` where that cannot be: an ending of something else, too many images, no permission.
+
+def resolve_output(out: Path | None, format: str | None, every: int | None, n: int) -> tuple[str, Path]:
+    """Return what to write, a key of `OUTPUT_FORMATS`, and the path; make the folder.
+
+    Raises `ValueError` for a suffix of something else, too many images, a folder that cannot be written to.
     """
-    told = form or ("npz" if out is not None and out.suffix == ".npz" else "grid")
-    if every is not None and told != "grid":
-        raise ValueError(f"every makes one picture of the whole way: it cannot go with {told}")
-    told = told if every is None else "film"
-    default, endings, most = OUTPUT_FORMATS[told]
+    chosen = choose_format(out, format, every)
+    default, suffixes, most = OUTPUT_FORMATS[chosen]
     path = out or Path(default)
-    if told == "png":
+    if chosen == "png":
         if path.suffix in (".png", ".npz", ".gif") or path.is_file():
-            raise ValueError(f"out must be a folder where each image gets a file, got {str(path)!r}")
-    elif path.suffix not in endings.split(" or ") or path.is_dir():
-        either = " or .npz" if told == "grid" and form is None else ""
-        raise ValueError(f"out must be a file that ends in {endings}{either}, got {str(path)!r}")
+            raise ValueError(f"out must be a folder, which gets a file for each image, got {str(path)!r}")
+    elif path.suffix not in suffixes.split(" or ") or path.is_dir():
+        either = " or .npz" if chosen == "grid" and format is None else ""
+        raise ValueError(f"out must be a file that ends in {suffixes}{either}, got {str(path)!r}")
     if most and n > most:
-        hint = ": --format npz or png takes any number" if told == "grid" else ""
-        raise ValueError(f"n must be at most {most} for a {told}, got {n}{hint}")
-    writable_folder(path if told == "png" else path.parent)
-    return told, path
+        hint = "; --format npz or png takes any number" if chosen == "grid" else ""
+        raise ValueError(f"n must be at most {most} for one {chosen}, got {n}{hint}")
+    writable_folder(path if chosen == "png" else path.parent)
+    return chosen, path
 
-# %% ../nbs/40_command_line.ipynb #15
+# %% ../nbs/40_command_line.ipynb #26
+def parse_labels(text: str | None) -> list[int] | None:
+    "Return the class labels of an option such as 3,7; `ValueError` for anything but whole numbers."
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"labels must be whole numbers with commas between them, got {text!r}") from None
+
+
+def labels_for(m: DDPM, n: int, labels: list[int] | None = None) -> Int64[Tensor, "n"] | None:
+    """Return the label of each of `n` images: `labels` in turn, by default all; None where the network has no classes.
+
+    All are the rows of the class embedding, 0 … `num_class_embeds` - 1. Raises `ValueError` for labels to a network
+    without classes, and for a label out of range.
+    """
+    classes = m.net.config["num_class_embeds"]
+    if classes is None:
+        if labels is not None:
+            raise ValueError(f"labels must not be given for a network without classes, got {labels}")
+        return None
+    wrong = [label for label in labels or [] if not 0 <= label < classes]
+    if wrong:
+        raise ValueError(f"labels must be from 0 to {classes - 1} for this network, got {wrong[0]}")
+    cycle = torch.arange(classes) if labels is None else torch.tensor(labels)
+    return cycle[torch.arange(n) % len(cycle)]
+
+# %% ../nbs/40_command_line.ipynb #29
+def draw_trajectory(
+    sampling: Sampling, m: DDPM, sizes: list[int], every: int, labels: Int64[Tensor, "n"] | None = None
+) -> UInt8[Tensor, "k n c h w"]:
+    """Return the images of batches of `sizes` as noise, after each `every` steps, and at the end.
+
+    Raises `ValueError` for an `every` outside 1 … number of steps.
+    """
+    steps, frames = sampling.network_calls(m), {}
+    if not 1 <= every <= steps:
+        raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {every}")
+
+    def callback(k: int, x: Tensor) -> None:
+        if k % every == 0 or k == steps:
+            frames.setdefault(k, []).append(to_pixels(x).cpu())
+
+    for i, (size, cond) in enumerate(zip(sizes, batch_labels(labels, sizes), strict=True)):
+        sampling.draw(m, size, i, callback, cond)
+    return torch.stack([torch.cat(batches) for batches in frames.values()])
+
+# %% ../nbs/40_command_line.ipynb #31
+def save_samples(output: str, path: Path, cache: CachedSamples) -> None:
+    "Write the batches of `cache` to `path`, as an array or a grid, and remove them; PNG files stay as they are."
+    if output == "npz":
+        save_npz(path, cache)
+    elif output == "grid":
+        with atomic_write(path) as temporary:
+            save_grid(temporary, torch.from_numpy(np.concatenate(list(cache))))
+    if output != "png":
+        shutil.rmtree(cache.folder)
+
+# %% ../nbs/40_command_line.ipynb #33
 @dataclass(frozen=True)
-class Sample:
-    """Draw images from a trained model. Interrupted, it goes on where it stopped when the same is asked for again."""
+class _RunOptions:
+    "Options of `sample` and `evaluate`: the model, and how to draw from it."
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")]
-    """folder of a training run, or of a model in the layout of diffusers"""
+    """folder of a training run, or of a diffusers pipeline"""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class _SampleOptions(_RunOptions):
+    "Options of `sample`: how many images, of which classes, and where they go."
+
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 64
-    """how many images; a larger n continues what an interrupted smaller one, or a folder of pictures, holds"""
+    """number of images; a larger n extends an interrupted request, or a folder of images"""
+    labels: str | None = None
+    """class labels, as in 3,7: image i gets the i-th, in turn; by default all rows of the class embedding in turn"""
     batch_size: int = 256
-    """images drawn at once; each batch has its own random numbers, so what is drawn depends on this, too"""
+    """images drawn at once; each batch has its own random numbers, so the images depend on the batch size"""
     out: Path | None = None
-    """where they go: a .png with the grid of all, an .npz that `--data` reads again, a folder for `--format png`"""
+    """output: a .png file (one grid), an .npz file (which `--data` reads), or a folder with `--format png`"""
     format: Literal["grid", "png", "npz"] | None = None
-    """by default what the ending of `out` says; png writes a file for each image"""
+    """output format, by default that of the suffix of out; png writes one file for each image"""
     every: int | None = None
-    """show the way from noise, each so many steps: as a film (.gif), or a strip with a row for each image (.png)"""
+    """write the sampling trajectory, a frame every so many steps: as a .gif, or as a .png with a row for each image"""
+
+# %% ../nbs/40_command_line.ipynb #34
+@dataclass(frozen=True)
+class Sample(_SampleOptions):
+    "Draw images from a trained model. After an interruption, the same command resumes."
 
     def run(self) -> None:
         for name in ("n", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        form, out = resolve_output(self.out, self.format, self.every, self.n)
-        m = load_run(self.run_folder)
-        asked = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
-        parts = (
-            CachedPictures(out, asked) if form == "png" else CachedSamples(out.with_name(out.name + ".parts"), asked)
-        )
-        if form == "film":
+        output, path = resolve_output(self.out, self.format, self.every, self.n)
+        m, chosen = load_run(self.run_folder), parse_labels(self.labels)
+        labels = labels_for(m, self.n, chosen)
+        request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
+        if labels is not None:
+            request["labels"] = chosen or "all"
+        parts = path.with_name(path.name + ".parts")
+        cache = CachedPictures(path, request) if output == "png" else CachedSamples(parts, request)
+        if output == "animation":
             if is_main_process():
-                frames = draw_trajectory(self.sampling, m, parts.sizes, self.every)
-                save_animation(out, frames)
-                print_main(f"The way of {self.n} images, in {len(frames)} pictures, is in {out}.")
+                frames = draw_trajectory(self.sampling, m, cache.sizes, self.every, labels)
+                save_animation(path, frames)
+                print_main(f"The sampling trajectory of {self.n} images, in {len(frames)} frames, is in {path}.")
             return
-        draw_batches(self.sampling, m, parts)
+        draw_batches(self.sampling, m, cache, labels)
         if is_main_process():
-            self.assemble(form, out, parts)
-        print_main(f"{self.n} images are in {out}.")
+            save_samples(output, path, cache)
+        print_main(f"{self.n} images are in {path}.")
 
-    def assemble(self, form: str, out: Path, parts: CachedSamples) -> None:
-        "Make one file of the parts, where one was asked for."
-        if form == "npz":
-            save_npz(out, parts)
-        elif form == "grid":
-            with atomic_write(out) as draft:
-                save_grid(draft, torch.from_numpy(np.concatenate(list(parts))))
-        if form != "png":
-            shutil.rmtree(parts.folder)
-
-# %% ../nbs/40_command_line.ipynb #16
+# %% ../nbs/40_command_line.ipynb #39
 @dataclass(frozen=True)
-class Evaluate:
-    """Measure a trained model: bits/dim of real images, and how near its samples are to them. Interrupted, it goes on.
+class _Measurements(_RunOptions):
+    "Options of `evaluate`: what to measure, on which images."
 
-    The real images should be some that the model was not trained on, where there are any: see `--split`.
-    """
-
-    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")]
-    """folder of a training run, or of a model in the layout of diffusers"""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     bpd: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """bits/dim only, unless --fd is given, too"""
     fd: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -240,156 +324,174 @@ class Evaluate:
     data: str = "digits"
     """the real images, as for `train`"""
     split: str = "train"
-    """the part of a data set that has several"""
+    """split of a data set that has several"""
     size: int | None = None
-    """height and width: images are cropped to a square and resized; by default they are taken as they are"""
+    """height and width: images are cropped to a square and resized; by default they keep their size"""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500
-    """how many samples to draw, and how many real images to take for bits/dim (or all, where they are less)"""
+    """number of samples to draw, and of real images for bits/dim (all where there are fewer)"""
+
+# %% ../nbs/40_command_line.ipynb #40
+@dataclass(frozen=True)
+class Evaluate(_Measurements):
+    """Evaluate a trained model: bits/dim of real images, and quality of samples. The same command resumes.
+
+    Use real images that the model was not trained on, where there are any: see `--split`.
+    """
+
     bpd_calls: int | None = None
-    """calls of the network for each image's bits/dim: an estimate; by default T, for all terms of the bound"""
+    """network calls for the bits/dim of an image, for an estimate; by default T, for all terms of the bound"""
     features: Literal["classifier", "inception"] = "classifier"
-    """what sees the images: a small classifier, trained on them and their labels, or the network of published FIDs"""
+    """features of images: of a small classifier, trained on the real images, or of the network of published FIDs"""
     inception_file: Path | None = None
-    """a copy of that network's file, where it cannot be fetched"""
+    """copy of the weights of that network, where they cannot be downloaded"""
     reference: Path | None = None
     """statistics (.npz) of the real images: read where the file exists (for distances only), else written there"""
     batch_size: int = 500
     """images at once (for bits/dim at most 128); each batch has its own random numbers, so the results depend on it"""
     out: Path | None = None
-    """the .json file for the numbers, beside which a folder gets pictures; by default evaluation.json in the run"""
+    """JSON file for the results, with a folder of figures beside it; by default evaluation.json in the run"""
 
     def run(self) -> None:
-        work = EvaluationRun(self)
-        if work.bpd:
-            measure_bits(work)
-        if work.fd:
-            measure_samples(work)
-        remove_caches(work)
-        print_main(format_table(work.results), f"These numbers are in {work.out}, pictures in {work.folder}.")
+        done = evaluate_run(self)
+        print_main(format_table(done.results), f"These results are in {done.out}, figures in {done.folder}.")
 
-# %% ../nbs/40_command_line.ipynb #17
+
 def format_table(results: dict, indent: str = "") -> str:
-    "Names and numbers in two columns, one line each."
+    "Return names and values in two columns, a line for each; a dict inside is indented below its name."
     lines = []
     for name, value in results.items():
         if isinstance(value, dict):
             lines += [f"{indent}{name}", format_table(value, indent + "  ")]
         else:
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            lines.append(f"{indent}{name:<{30 - len(indent)}}{shown}")
+            text = f"{value:.4g}" if isinstance(value, float) else value
+            lines.append(f"{indent}{name:<{30 - len(indent)}}{text}")
     return "\n".join(lines)
 
-# %% ../nbs/40_command_line.ipynb #19
+# %% ../nbs/40_command_line.ipynb #43
 @dataclass(frozen=True)
-class Demo:
-    """Train on real handwritten digits for about a minute, draw 500 new ones, and measure them."""
+class _DemoOptions:
+    "Options of `demo`."
 
     out: Path = Path("demo")
-    """folder for the pictures, the numbers and the model"""
+    """folder for the figures, the metrics and the model"""
     steps: int = PRESETS["digits"].training["steps"]
-    """how many training steps"""
+    """number of training steps"""
     samples: int = 500
-    """how many digits to draw, and how many real ones to take for bits/dim"""
+    """number of digits to draw, and of real digits for bits/dim"""
     sampling_steps: int = 100
-    """calls of the network for each of them"""
+    """network calls for each of the samples"""
     seed: int = 0
-    """start of every random number"""
+    """seed of all random numbers"""
     progress: bool = True
     """show progress bars"""
 
-    def run(self) -> None:
+    def trainer(self, images: Images) -> Trainer:
+        "Return the trainer of the preset for digits, and make the folder; `ValueError` for options out of range."
         if self.samples < 4:
             raise ValueError(f"samples must be at least 4, got {self.samples}")
         if not 2 <= self.sampling_steps <= 1000:
             raise ValueError(f"sampling_steps must be from 2 to T = 1000, got {self.sampling_steps}")
-        out, began = writable_folder(self.out), time.perf_counter()
-        images = load_images("digits")
-        training = preset_config("digits", steps=self.steps, seed=self.seed, out=None, progress=self.progress)
-        m = Train(training, schedule=PRESETS["digits"].schedule).model(images)
-        sampling = Sampling("ancestral", self.sampling_steps, seed=self.seed, progress=self.progress)
-        trainer = Trainer(m, images, training.checked())
+        config = preset_config("digits", steps=self.steps, seed=self.seed, out=None, progress=self.progress)
+        checked, m = config.checked(), Train(config, schedule=PRESETS["digits"].schedule).model(images)
+        writable_folder(self.out)
+        return Trainer(m, images, checked)
+
+# %% ../nbs/40_command_line.ipynb #44
+@dataclass(frozen=True)
+class Demo(_DemoOptions):
+    "Train on real handwritten digits for about a minute, draw 500 new ones, and evaluate them."
+
+    def run(self) -> None:
+        images, times = load_images("digits"), [time.perf_counter()]
+        trainer, out = self.trainer(images), self.out
         losses = trainer.fit()
         if is_main_process():
-            atomic_folder(out / "model", m.save_pretrained)
-        trained = time.perf_counter()
-        pixels = sampling.draw(m, self.samples)
-        drawn = time.perf_counter()
-        found = scorecard(m, images, pixels, self.seed, self.progress)
-        metrics = {
-            "steps": self.steps,
-            "seconds": round(trained - began, 2),
-            "sampling_seconds": round(drawn - trained, 2),
-            "measuring_seconds": round(time.perf_counter() - drawn, 2),
-            "loss": losses[-50:].mean().item(),
-            **found,
-            "sampler": sampling.sampler,
-            "sampling_steps": self.sampling_steps,
-            "seed": self.seed,
-            "parameters": sum(p.numel() for p in m.net.parameters()),
-            "device": str(trainer.accelerator.device),
-            "versions": versions(),
-        }
+            atomic_folder(out / "model", trainer.ema.save_pretrained)
+        times.append(time.perf_counter())
+        sampling = Sampling("ancestral", self.sampling_steps, seed=self.seed, progress=self.progress)
+        pixels = sampling.draw(trainer.ema, self.samples)
+        times.append(time.perf_counter())
+        results = scorecard(trainer.ema, images, pixels, self.seed, self.progress)
+        times.append(time.perf_counter())
         if is_main_process():
+            metrics = demo_metrics(self, trainer.ema, losses, times, results)
             save_grid(out / "samples.png", pixels[:100], columns=10)
             plot_losses(out / "loss.png", losses)
-            told = json.dumps(metrics, indent=2, ensure_ascii=False)
-            (out / "metrics.json").write_text(told + "\n", encoding="utf-8")
+            write_json(out / "metrics.json", metrics)
             print(demo_report(out, metrics))
 
-# %% ../nbs/40_command_line.ipynb #20
-def demo_report(out: Path, found: dict) -> str:
-    "What the demonstration found, where it is, and what to try next."
-    real, noise, bits = found["frechet_distance_real"], found["frechet_distance_noise"], found["bits_per_dim"]
-    trained, drew, measured = (found[name] for name in ("seconds", "sampling_seconds", "measuring_seconds"))
+# %% ../nbs/40_command_line.ipynb #46
+def demo_metrics(demo: Demo, m: DDPM, losses: torch.Tensor, times: Sequence[float], results: dict) -> dict:
+    "Return the content of metrics.json: settings, seconds, loss and the `results` of the evaluation."
+    seconds = [round(end - start, 2) for start, end in zip(times, times[1:], strict=False)]
+    return {
+        "steps": demo.steps,
+        **dict(zip(("seconds", "sampling_seconds", "measuring_seconds"), seconds, strict=True)),
+        "loss": losses[-50:].mean().item(),
+        **results,
+        "sampler": "ancestral",
+        "sampling_steps": demo.sampling_steps,
+        "seed": demo.seed,
+        "parameters": sum(p.numel() for p in m.net.parameters()),
+        "device": str(m.device),
+        "versions": versions(),
+    }
+
+# %% ../nbs/40_command_line.ipynb #47
+def demo_report(out: Path, metrics: dict) -> str:
+    "Return the closing lines of the demonstration: its results, its files, and commands to try next."
+    real, noise, bits = (metrics[name] for name in ("frechet_distance_real", "frechet_distance_noise", "bits_per_dim"))
+    training, sampling, measuring = (metrics[name] for name in ("seconds", "sampling_seconds", "measuring_seconds"))
     return f"""
-Trained for {trained:.0f} s, drew {found["n"]} digits in {drew:.0f} s, measured them and the model in {measured:.0f} s.
+Training took {training:.0f} s, drawing {metrics["n"]} digits {sampling:.0f} s, and their evaluation {measuring:.0f} s.
 
-Fréchet distance    {found["frechet_distance"]:.2f} (real digits {real:.2f}, noise {noise:.0f})
-Precision, recall   {found["precision"]:.2f}, {found["recall"]:.2f}
-Inception Score     {found["inception_score"]:.2f} of at most 10, by our classifier of digits
-Bits/dim            {bits["total"]:.2f} ± {2 * bits["standard_error"]:.2f}, of {bits["n"]} training images
-Seed                {found["seed"]}
+Fréchet distance    {metrics["frechet_distance"]:.2f} (real digits {real:.2f}, noise {noise:.0f})
+Precision, recall   {metrics["precision"]:.2f}, {metrics["recall"]:.2f}
+Inception Score     {metrics["inception_score"]:.2f} (at most 10, with our classifier of digits)
+Bits/dim            {bits["total"]:.2f} ± {2 * bits["standard_error"]:.2f} (of {bits["n"]} training images)
+Seed                {metrics["seed"]}
 
-  {out / "samples.png"}   some of the digits it drew
-  {out / "loss.png"}      the loss of every step
-  {out / "metrics.json"}  these numbers
-  {out / "model"}         the model, in a layout that diffusers opens, too
+  {out / "samples.png"}   a grid of samples
+  {out / "loss.png"}      the loss of every training step
+  {out / "metrics.json"}  these numbers, and more
+  {out / "model"}         the model, which diffusers can read, too
 
 Try next:
   ddpm_lit sample {out} -n 64 --sampler ddim --steps 20 --out few-steps.png
   ddpm_lit evaluate {out} --bpd -n 64
   ddpm_lit train --preset digits --steps 3000 --out runs/longer"""
 
-# %% ../nbs/40_command_line.ipynb #22
+# %% ../nbs/40_command_line.ipynb #51
 def print_error(error: BaseException, code: int) -> int:
-    "Say in one line what went wrong, with the notes that the error got on its way; returns `code`."
-    what = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
-    print("ddpm_lit:", "; ".join([what, *getattr(error, "__notes__", [])]), file=sys.stderr)
+    "Print an error and its notes on stderr, in one line; return `code`."
+    message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
+    print("ddpm_lit:", "; ".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr)
     return code
 
 
 @contextlib.contextmanager
 def show_log():
-    "Within, what is logged or warned of is shown on the error stream, a line each, without tearing a progress bar."
+    "Print the package's log records and all warnings on stderr, a line each, above a progress bar."
     from tqdm import tqdm
 
     logger, handler = logging.getLogger("ddpm_lit"), logging.Handler()
     handler.emit = lambda record: tqdm.write(f"ddpm_lit: {record.getMessage()}", file=sys.stderr)
-    before, logger.propagate = (logger.level, logger.propagate), False
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    logger.propagate = False
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: logger.warning("%s", message)
             yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        logger.setLevel(level)
+        logger.propagate = propagate
 
-# %% ../nbs/40_command_line.ipynb #23
+# %% ../nbs/40_command_line.ipynb #53
 def main(args: Sequence[str] | None = None) -> int:
-    "The command `ddpm_lit`: run it with `args` and return the exit code."
+    "Run the command `ddpm_lit` with `args`, by default those of the process; return the exit code."
     args = sys.argv[1:] if args is None else list(args)
     try:
         commands = (

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rate_distortion', 'evaluate_model']
 
-# %% ../nbs/19_evaluation.ipynb #e6251c84
+# %% ../nbs/19_evaluation.ipynb #3
 import itertools
 import math
 import platform
@@ -30,8 +30,8 @@ from ddpm_lit.files import (
     open_cache,
     read_json,
     remove_folder,
-    write_json,
     writable_folder,
+    write_json,
 )
 from ddpm_lit.forward import Schedule, q_sample
 from ddpm_lit.gaussian import randn
@@ -50,6 +50,7 @@ from ddpm_lit.metrics import (
 )
 from ddpm_lit.objective import vlb_weight
 from ddpm_lit.posterior import q_posterior
+from ddpm_lit.pretrained import load_run
 from ddpm_lit.processes import (
     all_reduce_sum,
     batch_generator,
@@ -60,11 +61,10 @@ from ddpm_lit.processes import (
     spawn_generators,
     this_process,
 )
-from ddpm_lit.pretrained import load_run
 from ddpm_lit.sampler import draw_batches, sampling_request
 from ddpm_lit.unet import class_condition
 
-# %% ../nbs/19_evaluation.ipynb #318d5ebf
+# %% ../nbs/19_evaluation.ipynb #10
 def term_probabilities(s: Schedule) -> Float64[Tensor, "T-1"]:
     "Return the probabilities with which the terms t = 1 … T-1 are drawn: half of them even, half like the bits."
     shape = (vlb_weight(s) * s.alpha_bar)[1:]
@@ -90,13 +90,12 @@ def sample_terms(s: Schedule, calls: int | None, b: int, generator: torch.Genera
             yield i + 1, 1 / (k * q[i]), False
     yield torch.zeros(b, dtype=torch.long, device=device), ones, True
 
-# %% ../nbs/19_evaluation.ipynb #3655c8d8
+# %% ../nbs/19_evaluation.ipynb #16
 class BitsPerDim(NamedTuple):
     """The bound of a data set in bits/dim, by its parts: means over `n` images, and their standard errors.
 
-    `terms[0]` is the decoder's, `terms[t]` the divergence at t; `squared_error[t]` is that of the predicted x_0, per
-    entry. Where only `calls` of the T terms were computed for an image, `terms` is still unbiased, `terms_error` is
-    NaN, and so is `squared_error` for those t that no image drew.
+    `terms[0]` is the decoder's, `terms[t]` the KL at t; `squared_error[t]` is that of the predicted x_0, per entry.
+    With `calls` below T for each image, `terms_error` is NaN, and `squared_error` for those t that no image drew.
     """
 
     total: float
@@ -122,7 +121,7 @@ def zero_sums(T: int, device="cpu") -> dict[str, Float64[Tensor, "..."]]:
     shapes = dict.fromkeys(("terms", "squares", "asked", "error"), (T,)) | dict(prior=(), total=(), total_squares=())
     return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
-# %% ../nbs/19_evaluation.ipynb #f261d911
+# %% ../nbs/19_evaluation.ipynb #17
 @torch.no_grad()
 def bound_sums(
     m: DDPM, x0: Float[Tensor, "b ..."], calls: int | None = None, generator: torch.Generator | None = None, bar=None,
@@ -138,15 +137,16 @@ def bound_sums(
         nats = -discretized_log_prob(p, x0) if decodes else q_posterior(s, x0, x_t, t).kl(p)
         bits = bits_per_dim(per_image(nats), x0).double() * coefficient
         error = (x0_hat - x0).square().flatten(1).mean(1).double()
-        for name, values in dict(terms=bits, squares=bits**2, asked=torch.ones_like(bits), error=error).items():
-            sums[name].index_add_(0, t, values)
+        values = {"terms": bits, "squares": bits**2, "asked": torch.ones_like(bits), "error": error}
+        for name, value in values.items():
+            sums[name].index_add_(0, t, value)
         total += bits
         if bar is not None:
             bar.update()
     sums |= dict(prior=prior.sum(), total=total.sum(), total_squares=total.square().sum())
     return {name: value.cpu() for name, value in sums.items()}
 
-# %% ../nbs/19_evaluation.ipynb #cc41c32a
+# %% ../nbs/19_evaluation.ipynb #21
 def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> BitsPerDim:
     "Return means over `n` images and standard errors. Raise `FloatingPointError`, naming t, where they are not finite."
     if not sums["total"].isfinite():
@@ -160,7 +160,7 @@ def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> Bits
     x0_error = sums["error"] / sums["asked"]
     return BitsPerDim(total, error, sums["prior"].item() / n, terms, terms_error, x0_error, n, calls or len(terms))
 
-# %% ../nbs/19_evaluation.ipynb #4d78a87e
+# %% ../nbs/19_evaluation.ipynb #24
 def batch_sums(m: DDPM, images, indices: Int64[Tensor, "b"], calls: int | None, generator, bar=None) -> dict:
     "Return `bound_sums` of the images at `indices`; a network with classes gets their labels."
     device = m.s.beta.device
@@ -201,17 +201,17 @@ def evaluate_bpd(
             sums = {name: sums[name] + batch[name] for name in sums}
     return means_and_errors({name: all_reduce_sum(x) for name, x in sums.items()}, n, calls)
 
-# %% ../nbs/19_evaluation.ipynb #a20256c6
+# %% ../nbs/19_evaluation.ipynb #36
 class RateDistortion(NamedTuple):
-    """What a receiver of x_T, …, x_t has, for t = 0 … T as in the paper.
+    """Bits/dim that a receiver of x_T, …, x_t has got, and the error of its best guess, for t = 0 … T as in the paper.
 
-    `rate[t]`: bits/dim sent; `distortion[t]`: root mean squared error of x_0-hat(x_t), in grey levels of 255.
+    `distortion` is the root mean squared error of x_0-hat(x_t), in grey levels of 255.
     """
 
     rate: Float64[Tensor, "T+1"]
     distortion: Float64[Tensor, "T+1"]
 
-# %% ../nbs/19_evaluation.ipynb #50347d3f
+# %% ../nbs/19_evaluation.ipynb #37
 def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     """Return rate and distortion over t, from the result of `evaluate_bpd`. Raise `ValueError` unless it has all terms.
 
@@ -223,10 +223,10 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     rate = bits.prior + torch.cat([bits.terms.flip(0).cumsum(0).flip(0), nothing])
     return RateDistortion(rate, torch.cat([nothing, 127.5 * bits.squared_error.sqrt()]))
 
-# %% ../nbs/19_evaluation.ipynb #1ee3451b
+# %% ../nbs/19_evaluation.ipynb #43
 def check_labels(m: DDPM, images: Images | StoredImages, name: str = "images") -> None:
     "Raise `ValueError` where the network of `m` has classes and `images` have no labels, or labels out of its range."
-    if class_condition(m.net, torch.zeros(1, dtype=torch.long)):
+    if class_condition(m.net, torch.zeros(1)):
         classes, labels = m.net.config["num_class_embeds"], images.labels
         if labels is None or labels.min() < 0 or labels.max() >= classes:
             got = "none" if labels is None else f"{labels.min()} … {labels.max()}"
@@ -245,7 +245,7 @@ def measure_bpd(
     context = dict(n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
     return bits, dict(total=bits.total, standard_error=bits.error, **parts, **context)
 
-# %% ../nbs/19_evaluation.ipynb #3672c417
+# %% ../nbs/19_evaluation.ipynb #44
 def evaluate_model(
     m: DDPM, images: UInt8[Tensor, "n c h w"] | Images | StoredImages, *, n: int | None = None,
     calls: int | None = None, seed: int = 0, batch_size: int = 128, progress: bool = False,
@@ -259,7 +259,7 @@ def evaluate_model(
     images = Images(images) if isinstance(images, Tensor) else images
     return measure_bpd(m, images, len(images) if n is None else n, calls, seed, batch_size, progress)[1]
 
-# %% ../nbs/19_evaluation.ipynb #6bb33434
+# %% ../nbs/19_evaluation.ipynb #47
 def plot_bits(path: Path, bits: BitsPerDim) -> None:
     "Draw the terms of the bound and, where all were computed, rate and distortion, into a PNG file."
     from matplotlib.figure import Figure
@@ -280,7 +280,7 @@ def plot_bits(path: Path, bits: BitsPerDim) -> None:
     left.set(xlabel="t", ylabel="bits/dim", yscale="log", title=title)
     figure.savefig(path, format="png")
 
-# %% ../nbs/19_evaluation.ipynb #9ecc9b8a
+# %% ../nbs/19_evaluation.ipynb #50
 def check_request(config) -> None:
     "Raise `ValueError`, naming the option, for what is wrong in `config` itself."
     for name, least in (("n", 4), ("batch_size", 1)):
@@ -293,7 +293,7 @@ def check_request(config) -> None:
     if config.inception_file and config.features != "inception":
         raise ValueError(f"inception_file must come with --features inception, got {str(config.inception_file)!r}")
 
-# %% ../nbs/19_evaluation.ipynb #5fe1d9ba
+# %% ../nbs/19_evaluation.ipynb #54
 def make_features(config, images: Images | StoredImages | None) -> Callable:
     "Return the features of the request. Raise `ValueError` for images on which no classifier can be trained."
     if config.features == "inception":
@@ -314,10 +314,10 @@ def load_reference(path: Path, features: Callable, shape: tuple[int, int, int]) 
         raise ValueError(f"{text} {d} features, {path} holds some of {len(statistics.mean)}")
     return statistics
 
-# %% ../nbs/19_evaluation.ipynb #ee198ed6
+# %% ../nbs/19_evaluation.ipynb #57
 def sample_labels(m: DDPM, images: Images | StoredImages, n: int, seed: int) -> Int64[Tensor, "n"] | None:
     "Return the labels of `n` random images, in an order that `seed` gives; None where the network has no classes."
-    if not class_condition(m.net, torch.zeros(1, dtype=torch.long)):
+    if not class_condition(m.net, torch.zeros(1)):
         return None
     order = torch.randperm(len(images), generator=batch_generator(seed))
     return images.labels[order[torch.arange(n) % len(images)]]
@@ -333,7 +333,7 @@ def read_images(config, m: DDPM) -> Images | StoredImages:
     check_labels(m, images, "data")
     return images
 
-# %% ../nbs/19_evaluation.ipynb #dcb54527
+# %% ../nbs/19_evaluation.ipynb #59
 class EvaluationRun:
     "The work for `config`: `results` go into the file `out`, pictures into `folder`. Creation checks the request."
 
@@ -347,8 +347,7 @@ class EvaluationRun:
         if config.bpd_calls is not None and not 2 <= config.bpd_calls <= self.m.s.T:
             raise ValueError(f"bpd_calls must be from 2 to T = {self.m.s.T}, got {config.bpd_calls}")
         known = config.reference is not None and config.reference.exists()
-        conditional = class_condition(self.m.net, torch.zeros(1, dtype=torch.long))
-        needed = self.bpd or conditional or not known or config.features == "classifier"
+        needed = self.bpd or not known or config.features == "classifier" or class_condition(self.m.net, torch.zeros(1))
         self.images = read_images(config, self.m) if needed else None
         self.labels = sample_labels(self.m, self.images, config.n, config.sampling.seed)
         if self.labels is not None:  # not the labels themselves: a larger n continues the request
@@ -359,7 +358,7 @@ class EvaluationRun:
             writable_folder(config.reference.parent if config.reference else self.out.parent)
         writable_folder(self.out.parent)
 
-# %% ../nbs/19_evaluation.ipynb #cfef2b41
+# %% ../nbs/19_evaluation.ipynb #62
 def write_results(work: EvaluationRun, name: str, result: dict) -> None:
     "Write a result under its name, beside the entries that the file has of the same model."
     if is_main_process():
@@ -379,14 +378,13 @@ def remove_caches(work: EvaluationRun) -> None:
         for name in ["bits.parts"] * work.bpd + ["samples.parts"] * work.fd:
             remove_folder(work.folder / name)
 
-# %% ../nbs/19_evaluation.ipynb #66f8aff4
+# %% ../nbs/19_evaluation.ipynb #64
 def measure_bits(work: EvaluationRun) -> None:
     "Measure bits/dim; write the numbers and their picture."
     config, seed = work.config, work.config.sampling.seed
     n, batch_size = min(config.n, len(work.images)), min(128, config.batch_size)
-    request = dict(n=n, batch_size=batch_size, calls=config.bpd_calls, seed=seed)
-    request |= dict(data=data_digest(work.images), model=work.request["model"])
-    request |= {name: work.request[name] for name in {"labels"} & work.request.keys()}
+    request = dict(n=n, batch_size=batch_size, calls=config.bpd_calls, seed=seed, data=data_digest(work.images))
+    request |= {name: work.request[name] for name in ("model", "labels") if name in work.request}
     with this_process().main_process_first():
         cache = open_cache(CachedSums, work.folder / "bits.parts", request)
     with note_cached(cache, "the bits/dim of "):
@@ -398,7 +396,7 @@ def measure_bits(work: EvaluationRun) -> None:
             plot_bits(path, bits)
     write_results(work, "bits_per_dim", result)
 
-# %% ../nbs/19_evaluation.ipynb #14336f3f
+# %% ../nbs/19_evaluation.ipynb #66
 def work_reference(work: EvaluationRun) -> tuple[Reference, str]:
     "Return what the samples are compared with, and its name: a file of statistics, or the real images."
     config, seed = work.config, work.config.sampling.seed
@@ -429,7 +427,7 @@ def measure_samples(work: EvaluationRun) -> None:
     settings["mixed_precision"] = work.request["precision"]  # "precision" is the fraction of samples among the images
     write_results(work, "samples", result | settings | dict(data=data))
 
-# %% ../nbs/19_evaluation.ipynb #5960b6f8
+# %% ../nbs/19_evaluation.ipynb #68
 def evaluate_run(config) -> EvaluationRun:
     "Measure the model in a folder; return the `EvaluationRun`. Interrupted, the same request resumes in the next call."
     work = EvaluationRun(config)
@@ -440,7 +438,7 @@ def evaluate_run(config) -> EvaluationRun:
     remove_caches(work)
     return work
 
-# %% ../nbs/19_evaluation.ipynb #f8ec6ac3
+# %% ../nbs/19_evaluation.ipynb #74
 def scorecard(m: DDPM, images: Images, pixels: UInt8[Tensor, "n c h w"], seed: int, progress: bool) -> dict:
     "Return the scores of samples, and bits/dim of as many `images` by 50 calls for each: on the main process."
     scores = evaluate_samples(pixels, images, seed=seed)

@@ -116,7 +116,8 @@ def atomic_folder(folder: Path, write: Callable[[Path], None], last: str | None 
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         if last is None:
             manifest = {path.relative_to(temporary).as_posix(): checksum(path) for path in files}
-            write_json(temporary / "manifest.json", manifest)
+            # without a line break at the end, so that no byte of it can be missing unnoticed
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
             fsync_path(path)
         if last is None:
@@ -308,6 +309,13 @@ class CachedPictures(CachedSamples):
         "Return whether all pictures of batch `i` are there, none of them cut short."
         return all(self.path(k).is_file() and self.path(k).read_bytes().endswith(self.end) for k in self.indices(i))
 
+    def read(self, i: int) -> UInt8[np.ndarray, "n c h w"]:
+        "Return the images of batch `i`."
+        from PIL import Image
+
+        pixels = np.stack([np.asarray(Image.open(self.path(k))) for k in self.indices(i)])
+        return pixels[:, None] if pixels.ndim == 3 else np.ascontiguousarray(rearrange(pixels, "n h w c -> n c h w"))
+
 # %% ../nbs/10_files.ipynb #51
 class CachedSums(_BatchFiles, MutableMapping):
     "The sums of each batch of a data set's bound, by the index of the batch; not finite sums count as missing."
@@ -323,12 +331,13 @@ class CachedSums(_BatchFiles, MutableMapping):
     def has(self, i: int) -> bool:
         "Return whether batch `i` is complete: the network saw each of its images at t = 0."
         try:
-            sums = self[i]
+            sums = self.read(i)
             return bool(sums["asked"][0] == self.sizes[i] and sums["total"].isfinite())
         except (KeyError, IndexError):
             return False
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
+    def read(self, i: int) -> dict[str, Tensor]:
+        "Return the sums of batch `i`; `KeyError` if the file is missing or broken."
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -337,7 +346,7 @@ class CachedSums(_BatchFiles, MutableMapping):
         except (OSError, SafetensorError):
             raise KeyError(i) from None
 
-    __contains__, __setitem__ = has, _BatchFiles.save
+    __contains__, __getitem__, __setitem__ = has, read, _BatchFiles.save
 
     def __delitem__(self, i: int) -> None:
         self.path(i).unlink()

@@ -6,7 +6,7 @@
 __all__ = ['frechet_distance', 'ClassifierFeatures', 'InceptionFeatures', 'precision_recall', 'inception_score',
            'evaluate_samples']
 
-# %% ../nbs/18_metrics.ipynb #4f3a244c
+# %% ../nbs/18_metrics.ipynb #3
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +31,13 @@ from ddpm_lit.processes import (
     this_process,
 )
 
-# %% ../nbs/18_metrics.ipynb #c3c6b225
+# %% ../nbs/18_metrics.ipynb #11
 def matrix_sqrt(c: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
     "Return the symmetric square root of a covariance; eigenvalues that rounding made negative count as 0."
     values, vectors = torch.linalg.eigh(c)
     return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
 
-# %% ../nbs/18_metrics.ipynb #55da3b6f
+# %% ../nbs/18_metrics.ipynb #14
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     """Return the squared Fréchet distance of two Gaussians, from means (d,) and covariances (d, d), in float64.
 
@@ -54,7 +54,7 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     cross = torch.linalg.svdvals(matrix_sqrt(cov1) @ matrix_sqrt(cov2)).sum()
     return max(0.0, ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item())
 
-# %% ../nbs/18_metrics.ipynb #03c211fa
+# %% ../nbs/18_metrics.ipynb #22
 def read_statistics(path) -> tuple[Float64[Tensor, "..."], Float64[Tensor, "..."], dict]:
     "Return the entries `mu` and `sigma` of an .npz file, and `n` and `features` where they are single values."
     try:
@@ -67,7 +67,7 @@ def read_statistics(path) -> tuple[Float64[Tensor, "..."], Float64[Tensor, "..."
     except Exception as error:  # whatever NumPy raises for a file that is no such archive
         raise ValueError(f"{path} holds no statistics (mu and sigma): {error}") from error
 
-# %% ../nbs/18_metrics.ipynb #c6ac8856
+# %% ../nbs/18_metrics.ipynb #23
 class FeatureStatistics(NamedTuple):
     "Mean (d,) and covariance (d, d) of the features of `n` images (None: unknown), and the `name` of these features."
 
@@ -99,7 +99,7 @@ class FeatureStatistics(NamedTuple):
             raise ValueError(f"{path}: mu and sigma must be (d,), (d, d), got {tuple(mean.shape)}, {tuple(cov.shape)}")
         return cls(mean, cov, entries.get("n") or None, entries.get("features", ""))
 
-# %% ../nbs/18_metrics.ipynb #603f5883
+# %% ../nbs/18_metrics.ipynb #26
 class RunningStatistics:
     "`FeatureStatistics` of features in batches. Memory holds only their number, mean and scatter, in float64."
 
@@ -134,14 +134,14 @@ class RunningStatistics:
             raise ValueError(f"features must be (n, d) with n at least 2, got n = {self.n}")
         return FeatureStatistics(self.mean.cpu(), self.scatter.cpu() / (self.n - 1), self.n, self.name)
 
-# %% ../nbs/18_metrics.ipynb #62346eac
+# %% ../nbs/18_metrics.ipynb #28
 def feature_statistics(features: Float[Tensor, "n d"], name: str = "") -> FeatureStatistics:
     "Return mean and covariance (divided by n - 1) of `features`. Raise `ValueError` for n < 2, and for inf and NaN."
     running = RunningStatistics(name)
     running.add(features)
     return running.result()
 
-# %% ../nbs/18_metrics.ipynb #b6e028bb
+# %% ../nbs/18_metrics.ipynb #31
 def train_classifier(
     x: Float64[Tensor, "n d"], y: Tensor, hidden: tuple[int, ...], held_out: int, seed: int
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor, float]:
@@ -157,7 +157,7 @@ def train_classifier(
     layers = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in arrays]
     return layers, torch.from_numpy(train), torch.from_numpy(test), classifier.score(x[test], y[test])
 
-# %% ../nbs/18_metrics.ipynb #ec26368e
+# %% ../nbs/18_metrics.ipynb #34
 class LayerFeatures:
     "The last hidden layer of a network of fully connected `layers` (weights, bias), for images of one `shape`."
 
@@ -186,7 +186,7 @@ class LayerFeatures:
         "Return the Fréchet distance of two sets of images in these features."
         return feature_statistics(self(samples), self.name).distance(feature_statistics(self(real), self.name))
 
-# %% ../nbs/18_metrics.ipynb #38c4f1f1
+# %% ../nbs/18_metrics.ipynb #36
 class ClassifierFeatures(LayerFeatures):
     """The last hidden layer of a small classifier trained on labelled `images`, all but `held_out` of them.
 
@@ -209,11 +209,11 @@ class ClassifierFeatures(LayerFeatures):
         super().__init__(self.shape, trained[0], f"classifier {digest(settings, *arrays)[:12]}")
         self.train, self.test, self.accuracy = trained[1:]
 
-# %% ../nbs/18_metrics.ipynb #554ee4c6
+# %% ../nbs/18_metrics.ipynb #47
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
-# %% ../nbs/18_metrics.ipynb #1fd7ab37
+# %% ../nbs/18_metrics.ipynb #48
 class InceptionFeatures:
     """The 2,048 features in which published FIDs are measured, from the network's TorchScript file.
 
@@ -243,7 +243,7 @@ class InceptionFeatures:
         "Return those of 1,008 classes; the Inception Score leaves out the last layer's bias."
         return (features @ self.net.output.weight.T).softmax(1)
 
-# %% ../nbs/18_metrics.ipynb #a1593e64
+# %% ../nbs/18_metrics.ipynb #53
 def extract_features(features: Callable, images, batch_size: int = 500, progress: bool = False) -> Iterator[Tensor]:
     """Yield the `features` of `images` batch by batch; several processes get different batches.
 
@@ -275,7 +275,7 @@ def image_statistics(features: Callable, images, batch_size: int = 500, progress
         joined.join(n, mean.cpu(), scatter.cpu())
     return joined.result()
 
-# %% ../nbs/18_metrics.ipynb #24e98b19
+# %% ../nbs/18_metrics.ipynb #56
 def kth_neighbour_distance(features: Float[Tensor, "n d"], k: int, block: int = 1000) -> Float[Tensor, "n"]:
     "Return the distance of each row to its `k`-th nearest other row."
     return torch.cat([torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(block)])
@@ -286,7 +286,7 @@ def fraction_within(points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"],
     inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(1000)]
     return torch.cat(inside).double().mean().item()
 
-# %% ../nbs/18_metrics.ipynb #9edc8939
+# %% ../nbs/18_metrics.ipynb #58
 def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 3) -> tuple[float, float]:
     """Return the fraction of `samples` among the real images and of `real` among the samples, from their features.
 
@@ -302,7 +302,7 @@ def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], 
     precision = fraction_within(samples, real, kth_neighbour_distance(real, k))
     return precision, fraction_within(real, samples, kth_neighbour_distance(samples, k))
 
-# %% ../nbs/18_metrics.ipynb #23496cd9
+# %% ../nbs/18_metrics.ipynb #62
 def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10) -> tuple[float, float]:
     """Return the Inception Score of images from their class probabilities: mean and std over `splits` parts.
 
@@ -319,7 +319,7 @@ def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10)
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
 
-# %% ../nbs/18_metrics.ipynb #19d2e44b
+# %% ../nbs/18_metrics.ipynb #70
 MAX_RECORDED = 10_000
 
 
@@ -343,9 +343,9 @@ class RecordingFeatures:
             self.probabilities.append(self.features.probabilities(rows).cpu())
         return rows
 
-# %% ../nbs/18_metrics.ipynb #01e719e8
+# %% ../nbs/18_metrics.ipynb #74
 class Reference(NamedTuple):
-    "What samples are compared with: statistics of the real images, of the `scale`, and recorded features."
+    "Statistics of the real images and of the `scale`, and recorded features: samples are compared with these."
 
     statistics: FeatureStatistics
     scale: dict[str, FeatureStatistics]
@@ -374,7 +374,7 @@ def make_reference(
     scale["noise"] = noise_statistics(features, images.shape, n, seed, batch_size)
     return Reference(statistics, scale, gather_in_order(recording.recorded))
 
-# %% ../nbs/18_metrics.ipynb #50e4b6f9
+# %% ../nbs/18_metrics.ipynb #76
 def compare_samples(
     features: Callable, samples, n: int, reference: Reference, batch_size: int = 500, progress: bool = False
 ) -> dict[str, object]:
@@ -401,7 +401,7 @@ def compare_samples(
         result |= dict(inception_score=score, inception_score_std=std)
     return result
 
-# %% ../nbs/18_metrics.ipynb #cccc57b3
+# %% ../nbs/18_metrics.ipynb #79
 def classifier_obstacle(images: Images | StoredImages) -> str | None:
     "Return the requirement of `ClassifierFeatures` that `images` do not meet, or None."
     unmet = {
@@ -411,7 +411,7 @@ def classifier_obstacle(images: Images | StoredImages) -> str | None:
     }
     return next((requirement for requirement, missing in unmet.items() if missing), None)
 
-# %% ../nbs/18_metrics.ipynb #172a63b1
+# %% ../nbs/18_metrics.ipynb #80
 def evaluate_samples(
     pixels: UInt8[Tensor, "n c h w"] | Images | StoredImages, images: UInt8[Tensor, "m c h w"] | Images | StoredImages,
     *, features: Callable | None = None, n_reference: int | None = None, seed: int = 0, batch_size: int = 500,

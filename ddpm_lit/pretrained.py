@@ -220,7 +220,26 @@ def save_ddpm(m: DDPM, folder) -> None:
 
     atomic_folder(Path(folder), write, last="model_index.json")
 
-# %% ../nbs/12_pretrained.ipynb #24
+# %% ../nbs/12_pretrained.ipynb #25
+def _fill(net: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
+    "Copy the `tensors` of a file into `net`, in its dtypes; `ValueError` unless it is a module that they fit."
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net must be an nn.Module, got {type(net).__name__}")
+    check_fit(path, tensors, net)
+    net.load_state_dict(tensors)
+    return net
+
+
+def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
+    "Copy the weights of a `UNet` into `net`; a `UNet` must have its configuration, except dropout and sample_size."
+    unet = load_unet(folder)
+    if isinstance(net, UNet):
+        for name in unet.config.keys() - {"dropout", "sample_size"}:
+            if unet.config[name] != net.config[name]:
+                raise ValueError(f"net must have {name}={unet.config[name]!r} as {folder}, got {net.config[name]!r}")
+    return _fill(net, folder, unet.state_dict())
+
+
 def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
     "Fill the weights of `folder` into `net`, which must fit them; `ValueError` says how to call where it is None."
     config = read_json(folder / "config.json")
@@ -229,12 +248,9 @@ def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
             f"{folder} holds a {config.get('_class_name')}, which no file can build: {config.get('rebuild')}"
         )
     path = folder / "model.safetensors"
-    tensors = read_tensors(path)
-    check_fit(path, tensors, net)
-    net.load_state_dict(tensors)
-    return net
+    return _fill(net, path, read_tensors(path))
 
-
+# %% ../nbs/12_pretrained.ipynb #27
 def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
     """Read a DDPM from a folder, or download it by its Hub id; on the CPU, in eval mode; a `UNet` in float32.
 
@@ -252,8 +268,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
     if own:
         net, shape = _load_own(folder / "net", net), read_json(folder / "net" / "config.json").get("image_shape")
     elif net is not None:
-        check_fit(*read_weights(folder / "unet" if nested else folder), net)
-        net.load_state_dict(read_weights(folder / "unet" if nested else folder)[1])
+        net = _fill_like_unet(net, folder / "unet" if nested else folder)
     else:
         net = load_unet(folder / "unet" if nested else folder)
     m = DDPM(net, *load_scheduler((folder / "scheduler" if nested or own else folder) / "scheduler_config.json"))
@@ -261,7 +276,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
         m.image_shape = shape
     return m.eval()
 
-# %% ../nbs/12_pretrained.ipynb #31
+# %% ../nbs/12_pretrained.ipynb #34
 def download_model(name: str) -> Path:
     "Return the local copy of the Hub model `name`, with the files that `load_ddpm` reads; else `ValueError`."
     with warnings.catch_warnings():
@@ -279,7 +294,7 @@ def download_model(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name!r} is not a folder, and cannot be downloaded from the Hub: {error}") from error
 
-# %% ../nbs/12_pretrained.ipynb #34
+# %% ../nbs/12_pretrained.ipynb #37
 def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)

@@ -17,10 +17,10 @@ import gpu  # noqa: E402
 import peers  # noqa: E402
 import race  # noqa: E402
 import scaling  # noqa: E402
-from ddpm_lit.sources import load_digits
 
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.objective import simple_loss
+from ddpm_lit.sources import load_digits
 from ddpm_lit.trainer import TrainConfig, Trainer
 
 
@@ -68,7 +68,7 @@ def test_the_plain_loop_trains_as_our_trainer_does():
     for _ in range(60):
         loop.step()
     x0, draw = next(loop.batches), torch.Generator()
-    nets = (ours.m.net, loop.averaged())
+    nets = (ours.ema.net, loop.averaged())
     with torch.no_grad():
         found = [simple_loss(DDPM(net, race.SCHEDULE), x0, draw.manual_seed(1)).item() for net in nets]
     assert losses[0] == pytest.approx(1, abs=0.1) and found[1] == pytest.approx(found[0], rel=0.25)

@@ -14,7 +14,7 @@ from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import Schedule, cosine_schedule, linear_schedule
 from ddpm_lit.pretrained import load_ddpm
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
-from ddpm_lit.unet import PRESETS
+from ddpm_lit.unet import PRESETS, UNet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -328,6 +328,37 @@ def test_a_network_of_ones_own_is_saved_and_read_back(tmp_path, diffusers):
     (tmp_path / "m/model_index.json").unlink()
     with pytest.raises(ValueError, match="holds no model, or half of one"):
         load_ddpm(tmp_path / "m", OwnNet())
+
+
+@pytest.mark.parametrize("change", [dict(norm_eps=0.1), dict(attention_head_dim=4), dict(flip_sin_to_cos=False)])
+def test_a_unet_that_computes_otherwise_is_not_filled_although_the_weights_fit(saved, change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"net must have {name}="):
+        load_ddpm(saved, net=UNet(**TINY | change))
+
+
+def test_a_unet_to_be_filled_may_differ_in_dropout_and_size(saved):
+    net = UNet(**TINY | dict(dropout=0.3, sample_size=16))
+    m = load_ddpm(saved, net=net)
+    assert m.net is net and m.image_shape == (1, 16, 16) and not m.training
+    with torch.no_grad():
+        assert torch.equal(m.p_step(noise(), 7).mean, load_ddpm(saved).p_step(noise(), 7).mean)
+
+
+@pytest.mark.parametrize("kind", ["unet", "own"])
+def test_only_a_module_can_be_filled(tmp_path, kind):
+    (tiny() if kind == "unet" else DDPM(OwnNet(), linear_schedule(20))).save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="net must be an nn.Module, got function"):
+        load_ddpm(tmp_path / "m", net=lambda x, t: x)
+
+
+def test_a_folder_changes_its_kind_by_saving_the_other_kind_over_it(tmp_path):
+    own = DDPM(OwnNet(), linear_schedule(20))
+    for m, net in ((tiny(), None), (own, OwnNet()), (tiny(seed=1), None)):
+        m.save_pretrained(tmp_path / "m")
+        back = load_ddpm(tmp_path / "m", net)
+        ours, theirs = m.net.state_dict(), back.net.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_settings_of_a_sampler_do_not_change_the_model(saved):
