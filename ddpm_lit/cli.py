@@ -8,7 +8,6 @@ __all__ = []
 # %% ../nbs/40_command_line.ipynb #3
 import contextlib
 import logging
-import shutil
 import sys
 import time
 import warnings
@@ -20,27 +19,17 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 
 import ddpm_lit
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.evaluation import evaluate_run, scorecard, versions
-from ddpm_lit.files import (
-    CachedPictures,
-    CachedSamples,
-    atomic_folder,
-    atomic_write,
-    read_json,
-    save_npz,
-    writable_folder,
-    write_json,
-)
+from ddpm_lit.files import CachedPictures, CachedSamples, atomic_folder, atomic_write, read_json, remove_folder
+from ddpm_lit.files import save_npz, writable_folder, write_json  # isort: skip
 from ddpm_lit.forward import schedule_by_name
 from ddpm_lit.images import Images, save_animation, save_grid, to_pixels
 from ddpm_lit.loading import StoredImages, load_images, load_images_once
 from ddpm_lit.pretrained import load_run
-from ddpm_lit.processes import Stopped, is_main_process, print_main
+from ddpm_lit.processes import StderrHandler, Stopped, is_main_process, print_main
 from ddpm_lit.sampler import Sampling, batch_labels, draw_batches, sampling_request
 from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
 from ddpm_lit.unet import PRESETS, UNet
@@ -103,13 +92,12 @@ class _Model(_RunAndImages):
     def model(self, images: Images | StoredImages) -> DDPM:
         "Return an untrained model for `images`; the same seed gives the same weights."
         s = schedule_by_name(self.schedule, self.T, self.beta_1, self.beta_T)
-        channels, height, width = images.shape
+        channels, *size = images.shape
         out_channels = 2 * channels if self.variance == "learned" else channels
-        changes = dict(in_channels=channels, out_channels=out_channels, sample_size=[height, width])
+        changes = dict(in_channels=channels, out_channels=out_channels, sample_size=size)
         if self.layers is not None:
             changes["layers_per_block"] = self.layers
-        generator = torch.Generator().manual_seed(self.training.seed)
-        net = UNet.from_preset(self.preset, generator=generator, **changes)
+        net = UNet.from_preset(self.preset, torch.Generator().manual_seed(self.training.seed), **changes)
         return DDPM(net, s, self.predicts, self.variance)
 
 # %% ../nbs/40_command_line.ipynb #17
@@ -140,26 +128,22 @@ def option_value(args: Sequence[str], option: str) -> str | None:
     return words[words.index(option) + 1] if option in words[:-1] else None
 
 
-def saved_train(path: Path, out: str) -> Train:
-    "Read `train.json` of a run that is to be resumed in `out`; `ValueError` where the file is damaged."
-    try:
-        options = read_json(path)
-        if options.get("schedule") == "quadratic":  # as runs of version 0.1 call it
-            options["schedule"] = "scaled_linear"
-        return Train(UncheckedTrainConfig(**options.pop("training") | dict(resume=True, out=out)), **options)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
 def default_train(args: Sequence[str]) -> Train:
     "Return `Train` with the defaults that `args` imply: those of the run that is to be resumed, or of a preset."
     name = option_value(args, "--preset")
     name = name if name in PRESETS else "digits"
     preset, config = PRESETS[name], preset_config(name)
     out = option_value(args, "--out") or config.out
-    if "--resume" in args and (Path(out) / "train.json").is_file():
-        return saved_train(Path(out) / "train.json", out)
-    return Train(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
+    saved = Path(out) / "train.json"
+    if "--resume" not in args or not saved.is_file():
+        return Train(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
+    try:
+        options = read_json(saved)
+        if options.get("schedule") == "quadratic":  # as earlier runs call it
+            options["schedule"] = "scaled_linear"
+        return Train(UncheckedTrainConfig(**options.pop("training") | dict(resume=True, out=out)), **options)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{saved} cannot be read: {error}") from error
 
 # %% ../nbs/40_command_line.ipynb #23
 OUTPUT_FORMATS = {  # default path, suffixes, largest number of images
@@ -199,38 +183,27 @@ def resolve_output(out: Path | None, format: str | None, every: int | None, n: i
     return chosen, path
 
 # %% ../nbs/40_command_line.ipynb #26
-def parse_labels(text: str | None) -> list[int] | None:
-    "Return the class labels of an option such as 3,7; `ValueError` for anything but whole numbers."
-    if text is None:
+def parse_labels(text: str | None, classes: int | None) -> list[int] | None:
+    """Return the class labels of an option such as 3,7; by default all `classes`, 0 … classes - 1.
+
+    Returns None for a network without classes. Raises `ValueError` for labels that the network does not have.
+    """
+    if classes is None:
+        if text is not None:
+            raise ValueError(f"labels must not be given for a network without classes, got {text}")
         return None
+    words = range(classes) if text is None else text.split(",")
     try:
-        return [int(word) for word in text.split(",")]
+        labels = [int(word) for word in words]
     except ValueError:
         raise ValueError(f"labels must be whole numbers with commas between them, got {text!r}") from None
-
-
-def labels_for(m: DDPM, n: int, labels: list[int] | None = None) -> Int64[Tensor, "n"] | None:
-    """Return the label of each of `n` images: `labels` in turn, by default all; None where the network has no classes.
-
-    All are the rows of the class embedding, 0 … `num_class_embeds` - 1. Raises `ValueError` for labels to a network
-    without classes, and for a label out of range.
-    """
-    classes = m.net.config["num_class_embeds"]
-    if classes is None:
-        if labels is not None:
-            raise ValueError(f"labels must not be given for a network without classes, got {labels}")
-        return None
-    wrong = [label for label in labels or [] if not 0 <= label < classes]
-    if wrong:
-        raise ValueError(f"labels must be from 0 to {classes - 1} for this network, got {wrong[0]}")
-    cycle = torch.arange(classes) if labels is None else torch.tensor(labels)
-    return cycle[torch.arange(n) % len(cycle)]
+    if not 0 <= min(labels) <= max(labels) < classes:
+        raise ValueError(f"labels must be from 0 to {classes - 1} for this network, got {text}")
+    return labels
 
 # %% ../nbs/40_command_line.ipynb #29
-def draw_trajectory(
-    sampling: Sampling, m: DDPM, sizes: list[int], every: int, labels: Int64[Tensor, "n"] | None = None
-) -> UInt8[Tensor, "k n c h w"]:
-    """Return the images of batches of `sizes` as noise, after each `every` steps, and at the end.
+def draw_trajectory(sampling: Sampling, m: DDPM, sizes: list[int], every: int, labels=None) -> torch.Tensor:
+    """Return batches of `sizes` as noise, after each `every` steps, and at the end: uint8 (frames, n, c, h, w).
 
     Raises `ValueError` for an `every` outside 1 … number of steps.
     """
@@ -238,12 +211,12 @@ def draw_trajectory(
     if not 1 <= every <= steps:
         raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {every}")
 
-    def callback(k: int, x: Tensor) -> None:
+    def callback(k: int, x: torch.Tensor) -> None:
         if k % every == 0 or k == steps:
             frames.setdefault(k, []).append(to_pixels(x).cpu())
 
-    for i, (size, cond) in enumerate(zip(sizes, batch_labels(labels, sizes), strict=True)):
-        sampling.draw(m, size, i, callback, cond)
+    for i, cond in enumerate(batch_labels(labels, sizes)):
+        sampling.draw(m, sizes[i], i, callback, cond)
     return torch.stack([torch.cat(batches) for batches in frames.values()])
 
 # %% ../nbs/40_command_line.ipynb #31
@@ -255,7 +228,7 @@ def save_samples(output: str, path: Path, cache: CachedSamples) -> None:
         with atomic_write(path) as temporary:
             save_grid(temporary, torch.from_numpy(np.concatenate(list(cache))))
     if output != "png":
-        shutil.rmtree(cache.folder)
+        remove_folder(cache.folder)
 
 # %% ../nbs/40_command_line.ipynb #33
 @dataclass(frozen=True)
@@ -294,11 +267,12 @@ class Sample(_SampleOptions):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         output, path = resolve_output(self.out, self.format, self.every, self.n)
-        m, chosen = load_run(self.run_folder), parse_labels(self.labels)
-        labels = labels_for(m, self.n, chosen)
+        m = load_run(self.run_folder)
         request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
+        labels = parse_labels(self.labels, m.net.config["num_class_embeds"])
         if labels is not None:
-            request["labels"] = chosen or "all"
+            request["labels"] = labels
+            labels = torch.tensor(labels)[torch.arange(self.n) % len(labels)]
         parts = path.with_name(path.name + ".parts")
         cache = CachedPictures(path, request) if output == "png" else CachedSamples(parts, request)
         if output == "animation":
@@ -396,7 +370,7 @@ class _DemoOptions:
         writable_folder(self.out)
         return Trainer(m, images, checked)
 
-# %% ../nbs/40_command_line.ipynb #44
+# %% ../nbs/40_command_line.ipynb #45
 @dataclass(frozen=True)
 class Demo(_DemoOptions):
     "Train on real handwritten digits for about a minute, draw 500 new ones, and evaluate them."
@@ -404,44 +378,34 @@ class Demo(_DemoOptions):
     def run(self) -> None:
         images, times = load_images("digits"), [time.perf_counter()]
         trainer, out = self.trainer(images), self.out
-        losses = trainer.fit()
+        losses, m = trainer.fit(), trainer.ema
         if is_main_process():
-            atomic_folder(out / "model", trainer.ema.save_pretrained)
+            atomic_folder(out / "model", m.save_pretrained)
         times.append(time.perf_counter())
         sampling = Sampling("ancestral", self.sampling_steps, seed=self.seed, progress=self.progress)
-        pixels = sampling.draw(trainer.ema, self.samples)
+        pixels = sampling.draw(m, self.samples)
         times.append(time.perf_counter())
-        results = scorecard(trainer.ema, images, pixels, self.seed, self.progress)
+        results = scorecard(m, images, pixels, self.seed, self.progress)
         times.append(time.perf_counter())
+        seconds = (round(end - start, 2) for start, end in zip(times, times[1:], strict=False))
         if is_main_process():
-            metrics = demo_metrics(self, trainer.ema, losses, times, results)
+            metrics = dict(steps=self.steps, **dict(zip(CLOCKS, seconds, strict=True)))
+            metrics |= dict(loss=losses[-50:].mean().item()) | results
+            metrics |= dict(sampler=sampling.sampler, sampling_steps=sampling.steps, seed=self.seed)
+            metrics |= dict(parameters=sum(p.numel() for p in m.net.parameters()), device=str(m.device))
+            write_json(out / "metrics.json", metrics | dict(versions=versions()))
             save_grid(out / "samples.png", pixels[:100], columns=10)
             plot_losses(out / "loss.png", losses)
-            write_json(out / "metrics.json", metrics)
             print(demo_report(out, metrics))
 
 # %% ../nbs/40_command_line.ipynb #46
-def demo_metrics(demo: Demo, m: DDPM, losses: torch.Tensor, times: Sequence[float], results: dict) -> dict:
-    "Return the content of metrics.json: settings, seconds, loss and the `results` of the evaluation."
-    seconds = [round(end - start, 2) for start, end in zip(times, times[1:], strict=False)]
-    return {
-        "steps": demo.steps,
-        **dict(zip(("seconds", "sampling_seconds", "measuring_seconds"), seconds, strict=True)),
-        "loss": losses[-50:].mean().item(),
-        **results,
-        "sampler": "ancestral",
-        "sampling_steps": demo.sampling_steps,
-        "seed": demo.seed,
-        "parameters": sum(p.numel() for p in m.net.parameters()),
-        "device": str(m.device),
-        "versions": versions(),
-    }
+CLOCKS = ("seconds", "sampling_seconds", "measuring_seconds")
 
-# %% ../nbs/40_command_line.ipynb #47
+
 def demo_report(out: Path, metrics: dict) -> str:
     "Return the closing lines of the demonstration: its results, its files, and commands to try next."
     real, noise, bits = (metrics[name] for name in ("frechet_distance_real", "frechet_distance_noise", "bits_per_dim"))
-    training, sampling, measuring = (metrics[name] for name in ("seconds", "sampling_seconds", "measuring_seconds"))
+    training, sampling, measuring = (metrics[name] for name in CLOCKS)
     return f"""
 Training took {training:.0f} s, drawing {metrics["n"]} digits {sampling:.0f} s, and their evaluation {measuring:.0f} s.
 
@@ -461,7 +425,7 @@ Try next:
   ddpm_lit evaluate {out} --bpd -n 64
   ddpm_lit train --preset digits --steps 3000 --out runs/longer"""
 
-# %% ../nbs/40_command_line.ipynb #51
+# %% ../nbs/40_command_line.ipynb #50
 def print_error(error: BaseException, code: int) -> int:
     "Print an error and its notes on stderr, in one line; return `code`."
     message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
@@ -471,11 +435,8 @@ def print_error(error: BaseException, code: int) -> int:
 
 @contextlib.contextmanager
 def show_log():
-    "Print the package's log records and all warnings on stderr, a line each, above a progress bar."
-    from tqdm import tqdm
-
-    logger, handler = logging.getLogger("ddpm_lit"), logging.Handler()
-    handler.emit = lambda record: tqdm.write(f"ddpm_lit: {record.getMessage()}", file=sys.stderr)
+    "Print the package's log records and all warnings on stderr, a line each."
+    logger, handler = logging.getLogger("ddpm_lit"), StderrHandler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
@@ -489,7 +450,7 @@ def show_log():
         logger.setLevel(level)
         logger.propagate = propagate
 
-# %% ../nbs/40_command_line.ipynb #53
+# %% ../nbs/40_command_line.ipynb #52
 def main(args: Sequence[str] | None = None) -> int:
     "Run the command `ddpm_lit` with `args`, by default those of the process; return the exit code."
     args = sys.argv[1:] if args is None else list(args)

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -369,6 +370,15 @@ def progress_bar(
 
     kwargs = dict(desc=desc, total=total, unit=unit, initial=initial, unit_scale=unit_scale)
     return tqdm(**kwargs, disable=disable or not is_main_process())
+
+
+class StderrHandler(logging.Handler):
+    "Writes a log record on stderr, in one line above a progress bar."
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"ddpm_lit: {record.getMessage()}", file=sys.stderr)
 
 # %% ../nbs/11_processes.ipynb #60
 MAX_SKIPPED = 20
