@@ -46,7 +46,7 @@ from ddpm_lit.sources import (
 def map_images(
     call: Callable, source: ImageSource, indices: Sequence[int], progress: bool = False
 ) -> Iterator[tuple[int, object]]:
-    "Yield each i of `indices`, in order, with `call(file)` of image i or the exception that it raised; in a few threads."
+    "Yield each i of `indices`, in order, with `call(file)` of image i or the exception that it raises; uses threads."
 
     def attempt(i):
         try:
@@ -154,8 +154,8 @@ def decode_batch(
 class StoredImages:
     """Images that stay encoded in their `source`, and are decoded to `shape`, (c, h, w), when they are read.
 
-    An image that cannot be used (broken, of another size, in colour among grey ones) is named in a warning and replaced
-    by the next one that can be; reading raises `ValueError` where these are more than `broken.limit`.
+    An image that cannot be used (see `decode_like`) is replaced by the next that can, with a warning that names it;
+    reading raises `ValueError` where these are more than `broken.limit`.
     """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages):
@@ -182,10 +182,8 @@ class StoredImages:
         for i, reason in errors.items():
             if (name := self.source.name_of(i)) not in self.broken.reasons:
                 self.broken.add(name, reason)
-                count = f"{len(self.broken.reasons)} of at most {self.broken.limit}"
-                warnings.warn(
-                    f"{self.name}: {name}: {reason}; replaced by the next usable image ({count})", stacklevel=3
-                )
+                count = f"one ({len(self.broken.reasons)} of at most {self.broken.limit})"
+                warnings.warn(f"{self.name}: {name}: {reason}; replaced by the next usable {count}", stacklevel=3)
 
     def read(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> UInt8[Tensor, "b c h w"]:
         "Return the pixels of the images at `indices`."
@@ -262,8 +260,8 @@ def load_images(
 ) -> Images | StoredImages:  # fmt: skip
     """Load images, in memory (`Images`) where they fit, else `StoredImages`; grey if all of them are, else RGB.
 
-    `source`: digits, mnist5k; a folder of images, whose sub-folders are classes; a .npy, .npz or .parquet file; a folder
-    of parquet files; mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub.
+    `source`: digits, mnist5k; a folder of images, whose sub-folders are classes; a .npy, .npz or .parquet file; a
+    folder of parquet files; mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub.
     `size`: crop to the centre and resize to this height and width. `split`: the part of a Hub data set, or of a folder
     that has several. `stream`: read tables row by row, without a copy on disk. `n`: only the first n images.
     `max_broken`: images that may be broken and left out; by default one in a hundred, and at least 10. `memory`: bytes
@@ -416,10 +414,10 @@ def read_ahead(batches: "ImageBatches") -> Iterator:
 class ImageBatches(BatchOrder, BatchMaker):
     """An endless stream of batches (batch_size, c, h, w) in [-1, 1] on `device`; with `labels`, of pairs (x, y).
 
-    Each epoch has its own order, fixed by `seed`; `flip` mirrors half of the images left to right. From entry `start` on
-    the stream is cut into pieces of batch_size times processes, of which `process`, (rank, processes), takes its part.
+    Each epoch has its own order, fixed by `seed`; `flip` mirrors half of the images left to right. From entry `start`
+    on, the stream is cut into pieces of batch_size times processes; `process`, (rank, processes), takes its part.
     The pixels live on the device if they fit (`resident` decides otherwise), or are read by so many `workers` (0: by
-    this process); the batches are the same, bit for bit. y is int64 (batch_size,), or None for images without labels.
+    this process): the same batches, bit for bit. y is int64 (batch_size,), or None for images without labels.
     """
 
     def __init__(

