@@ -37,6 +37,8 @@ from ddpm_lit.forward import Schedule, q_sample
 from ddpm_lit.gaussian import randn
 from ddpm_lit.images import Images, save_grid, to_network
 from ddpm_lit.loading import StoredImages, data_digest, load_images_once
+
+# %% ../nbs/19_evaluation.ipynb #4
 from ddpm_lit.metrics import (
     ClassifierFeatures,
     FeatureStatistics,
@@ -64,7 +66,7 @@ from ddpm_lit.processes import (
 from ddpm_lit.sampler import draw_batches, sampling_request
 from ddpm_lit.unet import class_condition
 
-# %% ../nbs/19_evaluation.ipynb #10
+# %% ../nbs/19_evaluation.ipynb #11
 def term_probabilities(s: Schedule) -> Float64[Tensor, "T-1"]:
     "Return the probabilities with which the terms t = 1 … T-1 are drawn: half of them even, half like the bits."
     shape = (vlb_weight(s) * s.alpha_bar)[1:]
@@ -90,7 +92,7 @@ def sample_terms(s: Schedule, calls: int | None, b: int, generator: torch.Genera
             yield i + 1, 1 / (k * q[i]), False
     yield torch.zeros(b, dtype=torch.long, device=device), ones, True
 
-# %% ../nbs/19_evaluation.ipynb #16
+# %% ../nbs/19_evaluation.ipynb #17
 class BitsPerDim(NamedTuple):
     """The bound of a data set in bits/dim, by its parts: means over `n` images, and their standard errors.
 
@@ -121,7 +123,7 @@ def zero_sums(T: int, device="cpu") -> dict[str, Float64[Tensor, "..."]]:
     shapes = dict.fromkeys(("terms", "squares", "asked", "error"), (T,)) | dict(prior=(), total=(), total_squares=())
     return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
-# %% ../nbs/19_evaluation.ipynb #17
+# %% ../nbs/19_evaluation.ipynb #18
 @torch.no_grad()
 def bound_sums(
     m: DDPM, x0: Float[Tensor, "b ..."], calls: int | None = None, generator: torch.Generator | None = None, bar=None,
@@ -146,7 +148,7 @@ def bound_sums(
     sums |= dict(prior=prior.sum(), total=total.sum(), total_squares=total.square().sum())
     return {name: value.cpu() for name, value in sums.items()}
 
-# %% ../nbs/19_evaluation.ipynb #21
+# %% ../nbs/19_evaluation.ipynb #22
 def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> BitsPerDim:
     "Return means over `n` images and standard errors. Raise `FloatingPointError`, naming t, where they are not finite."
     if not sums["total"].isfinite():
@@ -160,12 +162,11 @@ def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> Bits
     x0_error = sums["error"] / sums["asked"]
     return BitsPerDim(total, error, sums["prior"].item() / n, terms, terms_error, x0_error, n, calls or len(terms))
 
-# %% ../nbs/19_evaluation.ipynb #24
+# %% ../nbs/19_evaluation.ipynb #25
 def batch_sums(m: DDPM, images, indices: Int64[Tensor, "b"], calls: int | None, generator, bar=None) -> dict:
     "Return `bound_sums` of the images at `indices`; a network with classes gets their labels."
-    device = m.s.beta.device
-    labels = None if images.labels is None else images.labels[indices].to(device)
-    x0 = to_network(images.read(indices).to(device))
+    labels = None if images.labels is None else images.labels[indices].to(m.s.beta.device)
+    x0 = to_network(images.read(indices).to(m.s.beta.device))
     return bound_sums(m, x0, calls, generator, bar, class_condition(m.net, labels))
 
 
@@ -201,17 +202,14 @@ def evaluate_bpd(
             sums = {name: sums[name] + batch[name] for name in sums}
     return means_and_errors({name: all_reduce_sum(x) for name, x in sums.items()}, n, calls)
 
-# %% ../nbs/19_evaluation.ipynb #36
+# %% ../nbs/19_evaluation.ipynb #38
 class RateDistortion(NamedTuple):
-    """Bits/dim that a receiver of x_T, …, x_t has got, and the error of its best guess, for t = 0 … T as in the paper.
-
-    `distortion` is the root mean squared error of x_0-hat(x_t), in grey levels of 255.
-    """
+    "Bits/dim that a receiver of x_T, …, x_t has got, and the RMS error of its x_0-hat, of 255, for t = 0 … T."
 
     rate: Float64[Tensor, "T+1"]
     distortion: Float64[Tensor, "T+1"]
 
-# %% ../nbs/19_evaluation.ipynb #37
+# %% ../nbs/19_evaluation.ipynb #39
 def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     """Return rate and distortion over t, from the result of `evaluate_bpd`. Raise `ValueError` unless it has all terms.
 
@@ -223,7 +221,7 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     rate = bits.prior + torch.cat([bits.terms.flip(0).cumsum(0).flip(0), nothing])
     return RateDistortion(rate, torch.cat([nothing, 127.5 * bits.squared_error.sqrt()]))
 
-# %% ../nbs/19_evaluation.ipynb #43
+# %% ../nbs/19_evaluation.ipynb #45
 def check_labels(m: DDPM, images: Images | StoredImages, name: str = "images") -> None:
     "Raise `ValueError` where the network of `m` has classes and `images` have no labels, or labels out of its range."
     if class_condition(m.net, torch.zeros(1)):
@@ -242,24 +240,24 @@ def measure_bpd(
     chosen = images.select(torch.randperm(len(images), generator=generator)[:n])
     bits = evaluate_bpd(m, chosen, n, batch_size, generator, progress, calls, cache)
     parts = dict(prior=bits.prior, kl=bits.kl.sum().item(), decoder=bits.decoder)
-    context = dict(n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
-    return bits, dict(total=bits.total, standard_error=bits.error, **parts, **context)
+    result = dict(total=bits.total, standard_error=bits.error) | parts
+    return bits, result | dict(n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
 
-# %% ../nbs/19_evaluation.ipynb #44
+# %% ../nbs/19_evaluation.ipynb #46
 def evaluate_model(
     m: DDPM, images: UInt8[Tensor, "n c h w"] | Images | StoredImages, *, n: int | None = None,
     calls: int | None = None, seed: int = 0, batch_size: int = 128, progress: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """Return the bound of `m` on `n` random images (None: on all) in bits/dim: total, standard error and parts.
 
-    With `calls` that many terms are computed for each image, in place of all T: an unbiased estimate, whose error is in
-    `standard_error`. A network with classes gets the labels. Raises `ValueError` for fewer than two images, `calls` not
-    in 2 … T, missing labels; `FloatingPointError` for a bound that is not finite. Source: Ho et al. 2020, Eq. 5.
+    `calls` below T computes that many terms for each image, an unbiased estimate. A network with classes gets the
+    labels. Raises `ValueError` for fewer than two images, `calls` not in 2 … T, missing labels; `FloatingPointError`
+    for a bound that is not finite. Source: Ho et al. 2020, Eq. 5.
     """
     images = Images(images) if isinstance(images, Tensor) else images
     return measure_bpd(m, images, len(images) if n is None else n, calls, seed, batch_size, progress)[1]
 
-# %% ../nbs/19_evaluation.ipynb #47
+# %% ../nbs/19_evaluation.ipynb #49
 def plot_bits(path: Path, bits: BitsPerDim) -> None:
     "Draw the terms of the bound and, where all were computed, rate and distortion, into a PNG file."
     from matplotlib.figure import Figure
@@ -280,7 +278,7 @@ def plot_bits(path: Path, bits: BitsPerDim) -> None:
     left.set(xlabel="t", ylabel="bits/dim", yscale="log", title=title)
     figure.savefig(path, format="png")
 
-# %% ../nbs/19_evaluation.ipynb #50
+# %% ../nbs/19_evaluation.ipynb #52
 def check_request(config) -> None:
     "Raise `ValueError`, naming the option, for what is wrong in `config` itself."
     for name, least in (("n", 4), ("batch_size", 1)):
@@ -293,7 +291,7 @@ def check_request(config) -> None:
     if config.inception_file and config.features != "inception":
         raise ValueError(f"inception_file must come with --features inception, got {str(config.inception_file)!r}")
 
-# %% ../nbs/19_evaluation.ipynb #54
+# %% ../nbs/19_evaluation.ipynb #56
 def make_features(config, images: Images | StoredImages | None) -> Callable:
     "Return the features of the request. Raise `ValueError` for images on which no classifier can be trained."
     if config.features == "inception":
@@ -314,7 +312,7 @@ def load_reference(path: Path, features: Callable, shape: tuple[int, int, int]) 
         raise ValueError(f"{text} {d} features, {path} holds some of {len(statistics.mean)}")
     return statistics
 
-# %% ../nbs/19_evaluation.ipynb #57
+# %% ../nbs/19_evaluation.ipynb #59
 def sample_labels(m: DDPM, images: Images | StoredImages, n: int, seed: int) -> Int64[Tensor, "n"] | None:
     "Return the labels of `n` random images, in an order that `seed` gives; None where the network has no classes."
     if not class_condition(m.net, torch.zeros(1)):
@@ -333,7 +331,7 @@ def read_images(config, m: DDPM) -> Images | StoredImages:
     check_labels(m, images, "data")
     return images
 
-# %% ../nbs/19_evaluation.ipynb #59
+# %% ../nbs/19_evaluation.ipynb #61
 class EvaluationRun:
     "The work for `config`: `results` go into the file `out`, pictures into `folder`. Creation checks the request."
 
@@ -358,7 +356,7 @@ class EvaluationRun:
             writable_folder(config.reference.parent if config.reference else self.out.parent)
         writable_folder(self.out.parent)
 
-# %% ../nbs/19_evaluation.ipynb #62
+# %% ../nbs/19_evaluation.ipynb #64
 def write_results(work: EvaluationRun, name: str, result: dict) -> None:
     "Write a result under its name, beside the entries that the file has of the same model."
     if is_main_process():
@@ -378,7 +376,7 @@ def remove_caches(work: EvaluationRun) -> None:
         for name in ["bits.parts"] * work.bpd + ["samples.parts"] * work.fd:
             remove_folder(work.folder / name)
 
-# %% ../nbs/19_evaluation.ipynb #64
+# %% ../nbs/19_evaluation.ipynb #66
 def measure_bits(work: EvaluationRun) -> None:
     "Measure bits/dim; write the numbers and their picture."
     config, seed = work.config, work.config.sampling.seed
@@ -396,7 +394,7 @@ def measure_bits(work: EvaluationRun) -> None:
             plot_bits(path, bits)
     write_results(work, "bits_per_dim", result)
 
-# %% ../nbs/19_evaluation.ipynb #66
+# %% ../nbs/19_evaluation.ipynb #68
 def work_reference(work: EvaluationRun) -> tuple[Reference, str]:
     "Return what the samples are compared with, and its name: a file of statistics, or the real images."
     config, seed = work.config, work.config.sampling.seed
@@ -427,7 +425,7 @@ def measure_samples(work: EvaluationRun) -> None:
     settings["mixed_precision"] = work.request["precision"]  # "precision" is the fraction of samples among the images
     write_results(work, "samples", result | settings | dict(data=data))
 
-# %% ../nbs/19_evaluation.ipynb #68
+# %% ../nbs/19_evaluation.ipynb #70
 def evaluate_run(config) -> EvaluationRun:
     "Measure the model in a folder; return the `EvaluationRun`. Interrupted, the same request resumes in the next call."
     work = EvaluationRun(config)
@@ -438,7 +436,7 @@ def evaluate_run(config) -> EvaluationRun:
     remove_caches(work)
     return work
 
-# %% ../nbs/19_evaluation.ipynb #74
+# %% ../nbs/19_evaluation.ipynb #77
 def scorecard(m: DDPM, images: Images, pixels: UInt8[Tensor, "n c h w"], seed: int, progress: bool) -> dict:
     "Return the scores of samples, and bits/dim of as many `images` by 50 calls for each: on the main process."
     scores = evaluate_samples(pixels, images, seed=seed)

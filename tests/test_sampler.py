@@ -289,6 +289,8 @@ def test_a_progress_bar_appears_on_request_and_names_the_batch(capsys):
         sample(m, shape, steps=2, progress=True)
         shown = capsys.readouterr().err
         assert "sampling:" in shown and "2/2" in shown
+        sample(m, shape, steps=2, progress=True, batch_size=3)
+        assert "sampling 2 of 2" in capsys.readouterr().err
 
 
 def test_the_defaults_are_those_of_the_docstrings():
@@ -298,7 +300,10 @@ def test_the_defaults_are_those_of_the_docstrings():
     usual = dict(steps=50, eta=0.0, spacing="linear", clip=None, compile=False, cond=None)
     assert defaults(ddim_sample).items() >= usual.items()
     assert defaults(ddim_invert).items() >= dict(steps=50, passes=1, spacing="linear", cond=None).items()
-    assert defaults(sample_pixels).items() >= dict(steps=None, sampler="ddim", eta=0.0, precision="no").items()
+    pixels = dict(steps=None, sampler="ddim", eta=0.0, progress=False, precision="no", channels_last=False)
+    assert defaults(sample_pixels).items() >= (pixels | dict(compile=False, cond=None, callback=None)).items()
+    plain = Sampling("ddim", None, 0.0, 0, progress=True, precision="no", channels_last=False, compile=False)
+    assert Sampling() == plain
     s = linear_schedule()
     assert all(torch.equal(a, b) for a, b in zip(ddim_plan(s)[:4], ddim_plan(s, 50, 0.0, "linear")[:4], strict=True))
     ends = s.alpha_bar[399], s.alpha_bar[799]
@@ -603,6 +608,7 @@ def test_pixels_are_those_of_the_samplers():
     assert ddim.dtype == torch.uint8 and not torch.equal(ddim, ancestral) and not torch.equal(noisy, ddim)
     short = tiny_model(linear_schedule(6))
     assert torch.equal(short.sample(3, generator=rng(3)), short.sample(3, 6, generator=rng(3))), "all T where T < 50"
+    assert m.sample(1, 2, cond=dict(class_labels=[3])).shape == (1, 1, 8, 8)
     assert Sampling().network_calls(short) == 6 and Sampling("ancestral").network_calls(m) == 60
 
 
@@ -679,6 +685,7 @@ def test_batches_have_their_own_numbers_and_labels_and_only_missing_ones_are_dra
     cache = CachedSamples(tmp_path / "eight", dict(n=8, batch_size=3))
     with pytest.raises(ValueError, match="^labels must have one row per image, 8, got 5"):
         draw_batches(sampling, m, cache, y[:5])
+    assert batch_labels(None, cache.sizes) == [None, None, None]
     m.net.register_forward_hook(lambda *_: calls.append(1))
     draw_batches(sampling, m, cache, y)
     assert len(calls) == 9
