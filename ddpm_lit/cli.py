@@ -16,17 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
 
 import ddpm_lit
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.evaluation import evaluate_run, scorecard, versions
-from ddpm_lit.files import CachedPictures, CachedSamples, atomic_folder, atomic_write, read_json, remove_folder
-from ddpm_lit.files import save_npz, writable_folder, write_json  # isort: skip
+from ddpm_lit.files import CachedPictures, CachedSamples, atomic_folder, read_json, writable_folder, write_json
 from ddpm_lit.forward import schedule_by_name
-from ddpm_lit.images import Images, save_animation, save_grid, to_pixels
+from ddpm_lit.images import Images, record_trajectory, save_animation, save_grid, save_samples
 from ddpm_lit.loading import StoredImages, load_images, load_images_once
 from ddpm_lit.pretrained import load_run
 from ddpm_lit.processes import StderrHandler, Stopped, is_main_process, print_main
@@ -34,7 +32,7 @@ from ddpm_lit.sampler import Sampling, batch_labels, draw_batches, sampling_requ
 from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
 from ddpm_lit.unet import PRESETS, UNet
 
-# %% ../nbs/40_command_line.ipynb #9
+# %% ../nbs/40_command_line.ipynb #10
 class UncheckedTrainConfig(TrainConfig):
     "A TrainConfig as parsed; call `checked()` to validate it, so that the command line can print a one-line error."
 
@@ -52,7 +50,7 @@ def preset_config(name: str, **changes) -> UncheckedTrainConfig:
     save_every = 10_000 if training["steps"] > 100_000 else 1000
     return UncheckedTrainConfig(**training | dict(out=f"runs/{name}", save_every=save_every) | changes)
 
-# %% ../nbs/40_command_line.ipynb #12
+# %% ../nbs/40_command_line.ipynb #13
 @dataclass(frozen=True)
 class _RunAndImages:
     "Options of `train`: the settings of the run, and the images."
@@ -69,7 +67,7 @@ class _RunAndImages:
     stream: bool = False
     """stream a data set of the Hub instead of copying it to the disk first"""
 
-# %% ../nbs/40_command_line.ipynb #13
+# %% ../nbs/40_command_line.ipynb #14
 @dataclass(frozen=True)
 class _Model(_RunAndImages):
     "Options of `train`: the schedule and the network."
@@ -100,7 +98,7 @@ class _Model(_RunAndImages):
         net = UNet.from_preset(self.preset, torch.Generator().manual_seed(self.training.seed), **changes)
         return DDPM(net, s, self.predicts, self.variance)
 
-# %% ../nbs/40_command_line.ipynb #17
+# %% ../nbs/40_command_line.ipynb #18
 @dataclass(frozen=True)
 class Train(_Model):
     "Train a model and write it into a folder, from which `sample` and `evaluate` read it; --resume continues a run."
@@ -121,7 +119,7 @@ class Train(_Model):
             f"The model is in {config.out}. Try: ddpm_lit sample {config.out} -n 64 --out samples.png",
         )
 
-# %% ../nbs/40_command_line.ipynb #20
+# %% ../nbs/40_command_line.ipynb #21
 def option_value(args: Sequence[str], option: str) -> str | None:
     "Return the value of `option` in `args`, written with a space or with an equals sign; None where it is not there."
     words = [word for arg in args for word in arg.split("=", 1)]
@@ -145,7 +143,7 @@ def default_train(args: Sequence[str]) -> Train:
     except (TypeError, KeyError) as error:
         raise ValueError(f"{saved} cannot be read: {error}") from error
 
-# %% ../nbs/40_command_line.ipynb #23
+# %% ../nbs/40_command_line.ipynb #24
 OUTPUT_FORMATS = {  # default path, suffixes, largest number of images
     "grid": ("samples.png", ".png", 4096),
     "npz": ("samples.npz", ".npz", None),
@@ -182,7 +180,7 @@ def resolve_output(out: Path | None, format: str | None, every: int | None, n: i
     writable_folder(path if chosen == "png" else path.parent)
     return chosen, path
 
-# %% ../nbs/40_command_line.ipynb #26
+# %% ../nbs/40_command_line.ipynb #27
 def parse_labels(text: str | None, classes: int | None) -> list[int] | None:
     """Return the class labels of an option such as 3,7; by default all `classes`, 0 … classes - 1.
 
@@ -201,36 +199,7 @@ def parse_labels(text: str | None, classes: int | None) -> list[int] | None:
         raise ValueError(f"labels must be from 0 to {classes - 1} for this network, got {text}")
     return labels
 
-# %% ../nbs/40_command_line.ipynb #29
-def draw_trajectory(sampling: Sampling, m: DDPM, sizes: list[int], every: int, labels=None) -> torch.Tensor:
-    """Return batches of `sizes` as noise, after each `every` steps, and at the end: uint8 (frames, n, c, h, w).
-
-    Raises `ValueError` for an `every` outside 1 … number of steps.
-    """
-    steps, frames = sampling.network_calls(m), {}
-    if not 1 <= every <= steps:
-        raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {every}")
-
-    def callback(k: int, x: torch.Tensor) -> None:
-        if k % every == 0 or k == steps:
-            frames.setdefault(k, []).append(to_pixels(x).cpu())
-
-    for i, cond in enumerate(batch_labels(labels, sizes)):
-        sampling.draw(m, sizes[i], i, callback, cond)
-    return torch.stack([torch.cat(batches) for batches in frames.values()])
-
-# %% ../nbs/40_command_line.ipynb #31
-def save_samples(output: str, path: Path, cache: CachedSamples) -> None:
-    "Write the batches of `cache` to `path`, as an array or a grid, and remove them; PNG files stay as they are."
-    if output == "npz":
-        save_npz(path, cache)
-    elif output == "grid":
-        with atomic_write(path) as temporary:
-            save_grid(temporary, torch.from_numpy(np.concatenate(list(cache))))
-    if output != "png":
-        remove_folder(cache.folder)
-
-# %% ../nbs/40_command_line.ipynb #33
+# %% ../nbs/40_command_line.ipynb #30
 @dataclass(frozen=True)
 class _RunOptions:
     "Options of `sample` and `evaluate`: the model, and how to draw from it."
@@ -257,7 +226,7 @@ class _SampleOptions(_RunOptions):
     every: int | None = None
     """write the sampling trajectory, a frame every so many steps: as a .gif, or as a .png with a row for each image"""
 
-# %% ../nbs/40_command_line.ipynb #34
+# %% ../nbs/40_command_line.ipynb #31
 @dataclass(frozen=True)
 class Sample(_SampleOptions):
     "Draw images from a trained model. After an interruption, the same command resumes."
@@ -277,7 +246,12 @@ class Sample(_SampleOptions):
         cache = CachedPictures(path, request) if output == "png" else CachedSamples(parts, request)
         if output == "animation":
             if is_main_process():
-                frames = draw_trajectory(self.sampling, m, cache.sizes, self.every, labels)
+                conds, calls = batch_labels(labels, cache.sizes), self.sampling.network_calls(m)
+
+                def draw(i: int, callback) -> None:
+                    self.sampling.draw(m, cache.sizes[i], i, callback, conds[i])
+
+                frames = record_trajectory(draw, len(conds), self.every, calls)
                 save_animation(path, frames)
                 print_main(f"The sampling trajectory of {self.n} images, in {len(frames)} frames, is in {path}.")
             return
@@ -286,7 +260,7 @@ class Sample(_SampleOptions):
             save_samples(output, path, cache)
         print_main(f"{self.n} images are in {path}.")
 
-# %% ../nbs/40_command_line.ipynb #39
+# %% ../nbs/40_command_line.ipynb #36
 @dataclass(frozen=True)
 class _Measurements(_RunOptions):
     "Options of `evaluate`: what to measure, on which images."
@@ -304,7 +278,7 @@ class _Measurements(_RunOptions):
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500
     """number of samples to draw, and of real images for bits/dim (all where there are fewer)"""
 
-# %% ../nbs/40_command_line.ipynb #40
+# %% ../nbs/40_command_line.ipynb #37
 @dataclass(frozen=True)
 class Evaluate(_Measurements):
     """Evaluate a trained model: bits/dim of real images, and quality of samples. The same command resumes.
@@ -341,7 +315,7 @@ def format_table(results: dict, indent: str = "") -> str:
             lines.append(f"{indent}{name:<{30 - len(indent)}}{text}")
     return "\n".join(lines)
 
-# %% ../nbs/40_command_line.ipynb #43
+# %% ../nbs/40_command_line.ipynb #40
 @dataclass(frozen=True)
 class _DemoOptions:
     "Options of `demo`."
@@ -370,7 +344,7 @@ class _DemoOptions:
         writable_folder(self.out)
         return Trainer(m, images, checked)
 
-# %% ../nbs/40_command_line.ipynb #45
+# %% ../nbs/40_command_line.ipynb #42
 @dataclass(frozen=True)
 class Demo(_DemoOptions):
     "Train on real handwritten digits for about a minute, draw 500 new ones, and evaluate them."
@@ -398,7 +372,7 @@ class Demo(_DemoOptions):
             plot_losses(out / "loss.png", losses)
             print(demo_report(out, metrics))
 
-# %% ../nbs/40_command_line.ipynb #46
+# %% ../nbs/40_command_line.ipynb #43
 CLOCKS = ("seconds", "sampling_seconds", "measuring_seconds")
 
 
@@ -425,7 +399,7 @@ Try next:
   ddpm_lit evaluate {out} --bpd -n 64
   ddpm_lit train --preset digits --steps 3000 --out runs/longer"""
 
-# %% ../nbs/40_command_line.ipynb #50
+# %% ../nbs/40_command_line.ipynb #47
 def print_error(error: BaseException, code: int) -> int:
     "Print an error and its notes on stderr, in one line; return `code`."
     message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
@@ -450,7 +424,7 @@ def show_log():
         logger.setLevel(level)
         logger.propagate = propagate
 
-# %% ../nbs/40_command_line.ipynb #52
+# %% ../nbs/40_command_line.ipynb #49
 def main(args: Sequence[str] | None = None) -> int:
     "Run the command `ddpm_lit` with `args`, by default those of the process; return the exit code."
     args = sys.argv[1:] if args is None else list(args)

@@ -7,7 +7,7 @@ __all__ = ['Images', 'to_network', 'to_pixels', 'show', 'save_grid', 'save_anima
 
 # %% ../nbs/13_images.ipynb #10
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ddpm_lit.files import atomic_write
+from ddpm_lit.files import CachedSamples, atomic_write, remove_folder, save_npz
 
 
 def check_images(pixels: Tensor, labels: Tensor | None) -> None:
@@ -71,10 +71,6 @@ class Images:
         "Return the images at `indices`, in this order, with their labels."
         labels = None if self.labels is None else self.labels[torch.as_tensor(indices)]
         return Images(self.read(indices), labels, self.name, self.classes)
-
-    def select(self, indices: Int64[Tensor, "b"]) -> "Images":
-        "Return the images at `indices`, with their labels."
-        return Images(self.pixels[indices], None if self.labels is None else self.labels[indices], self.name, self.classes)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -160,3 +156,33 @@ def save_animation(path, frames: UInt8[Tensor, "k n c h w"]) -> None:
             save_grid(file, images)
         duration, opened = [100] * (len(files) - 1) + [2000], map(Image.open, files)  # one at a time: there may be many
         next(opened).save(temporary, format="GIF", save_all=True, append_images=opened, duration=duration, loop=0)
+
+# %% ../nbs/13_images.ipynb #31
+def record_trajectory(draw: Callable, batches: int, every: int, steps: int) -> UInt8[Tensor, "k n c h w"]:
+    """Return the images of all `batches` at the start, after each `every` of `steps` steps, and at the end.
+
+    `draw(i, callback)` draws batch i and calls `callback(k, x)` with the images after k steps, first the noise, k = 0.
+    Raises `ValueError` for an `every` outside 1 … `steps`.
+    """
+    frames = {}
+    if not 1 <= every <= steps:
+        raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {every}")
+
+    def record(k: int, x: Tensor) -> None:
+        if k % every == 0 or k == steps:
+            frames.setdefault(k, []).append(to_pixels(x).cpu())
+
+    for i in range(batches):
+        draw(i, record)
+    return torch.stack([torch.cat(images) for images in frames.values()])
+
+# %% ../nbs/13_images.ipynb #34
+def save_samples(output: str, path: Path, cache: CachedSamples) -> None:
+    "Write the batches of `cache` to `path`, as an array or a grid, and remove them; PNG files stay as they are."
+    if output == "npz":
+        save_npz(path, cache)
+    elif output == "grid":
+        with atomic_write(path) as temporary:
+            save_grid(temporary, torch.from_numpy(np.concatenate(list(cache))))
+    if output != "png":
+        remove_folder(cache.folder)

@@ -83,7 +83,6 @@ def peak_memory(device: torch.device) -> int:
     if STATUS.exists():
         return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[0])
     import resource
-    import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -155,7 +154,7 @@ def make_accelerator(precision: str = "no", track: str = "none", out: str | None
     kwargs = dict(mixed_precision=precision, log_with=written or None, project_dir=out)
     return import_accelerate().Accelerator(cpu=cpu, **kwargs)
 
-# %% ../nbs/11_processes.ipynb #22
+# %% ../nbs/11_processes.ipynb #23
 @contextlib.contextmanager
 def tracking(accelerator, settings: dict | None, step: int) -> Iterator[None]:
     "Open the trackers of a run at `step`, without what an earlier attempt wrote of later steps; close them on exit."
@@ -166,7 +165,7 @@ def tracking(accelerator, settings: dict | None, step: int) -> Iterator[None]:
         for tracker in accelerator.trackers:
             tracker.finish()
 
-# %% ../nbs/11_processes.ipynb #23
+# %% ../nbs/11_processes.ipynb #24
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
     "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
     batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]
