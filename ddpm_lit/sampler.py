@@ -233,7 +233,7 @@ def run_plan(
         part = {name: value[i * size : (i + 1) * size] for name, value in cond.items()}
         desc = "sampling" + (f" {i + 1} of {len(batches)}" if len(batches) > 1 else "")
         with progress_bar(disable=not progress, desc=desc, total=len(plan.t), unit="step") as bar:
-            for t, x, x0 in sample_steps(m, plan, x, generator, clip, compile, part):  # noqa: B007 (x is the result)
+            for t, x, x0 in sample_steps(m, plan, x, generator, clip, compile, part):  # noqa: B007, B020
                 if callback is not None:
                     callback(t, x, x0)
                 bar.update()
@@ -252,11 +252,11 @@ def ancestral_sample(
     """Return images of `shape`, (b, c, h, w), drawn by Algorithm 2 from `x_T` or from new noise.
 
     `cond`: keyword arguments of the network, a row per image. `steps` below T visits that many equally spaced times.
-    `clip` limits x0_hat: True, False, a quantile for dynamic thresholding (see `limiter`), None as the model says. After
+    `clip` limits x0_hat: True, False, a quantile for dynamic thresholding (`limiter`), None as the model says. After
     each step `callback(t, x_s, x0_hat)` is called. At most `batch_size` images are in work at a time; by default 2^20
     numbers, for which the paper's networks take about 2 GB. `compile` fuses a step by `torch.compile`, once per size of
     batch; a GPU replays it as one CUDA graph. Raises `ValueError` for `steps` outside 2 … T, an `x_T` or `cond` that
-    does not fit, a network that cannot be compiled or returns numbers that are not finite. Source: Ho et al. 2020, Alg. 2.
+    does not fit, a network that cannot be compiled or returns numbers that are not finite. Source: Ho et al. 2020.
     """
     plan, x = ancestral_plan(m.s, m.variance, steps), initial_noise(m, shape, x_T, generator)
     options = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)

@@ -36,7 +36,7 @@ def lively(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def tiny_model(s: Schedule | None = None, seed: int = 0, spread: float = 0.1, **changes) -> DDPM:
-    "Return a DDPM with a tiny U-Net; `changes` are keywords of DDPM or of the network, `spread` is noise on its weights."
+    "Return a DDPM with a tiny U-Net; `changes` are for DDPM or the network, `spread` is noise on its weights."
     words = {key: changes.pop(key) for key in ("predicts", "variance", "clip") if key in changes}
     if words.get("variance") == "learned":
         changes = dict(out_channels=2) | changes
