@@ -3,8 +3,12 @@
 # By module ("" is the package itself): the names that moved there, and what they are called now where that has changed.
 _MOVED = {
     "": """
-        RECIPES=PRESETS SCHEDULES=PRESETS SIZES=PRESETS SOURCES=PRESETS TRAINING=PRESETS device_of=DDPM
-        image_shape=DDPM save_film=save_animation selected=Images
+        Learner=Trainer RECIPES=PRESETS SCHEDULES=PRESETS SIZES=PRESETS SOURCES=PRESETS TRAINING=PRESETS
+        device_of=DDPM image_shape=DDPM load_state=Trainer quality=evaluate_samples save_film=save_animation
+        selected=Images training_state=Trainer
+    """,
+    "checks": """
+        report
     """,
     "gaussian": """
         bayes randn
@@ -29,11 +33,11 @@ _MOVED = {
     """,
     "layers": """
         Attention Downsample Dropout GroupNorm ResidualBlock TimeEmbedding Upsample arranged=to_fast_layout
-        attended=scaled_attention attention=build_attention doubled=nearest_2x frugally halved=avg_pool_2x plainly
-        silu sinusoidal transposed=upsample_kernel zeroed=zero_init
+        attended=scaled_attention attention=build_attention doubled=nearest_2x frugally=run_block halved=avg_pool_2x
+        plainly=run_block silu sinusoidal transposed=upsample_kernel zeroed=zero_init
     """,
     "unet": """
-        ATTENDS=BLOCK_TYPES CHOICES DEFAULTS=UNET_DEFAULTS Down=DownBlock Level Middle=MidBlock
+        ATTENDS=BLOCK_TYPES CHOICES DEFAULTS=UNET_DEFAULTS Down=DownBlock Level=DownBlock Middle=MidBlock
         NOT_BUILT=UNSUPPORTED Up=UpBlock block_of=block_config check_labels check_numbers check_words=check_keywords
         class_embedding=build_class_embedding embedding=embed_conditions initialise resizes=resizes_by_block
         steps_of=expand_timesteps way_down=build_encoder way_up=build_decoder
@@ -41,32 +45,33 @@ _MOVED = {
     "files": """
         Checkpoints DrawnParts=CachedSamples KeptParts=CachedBatches KeptSums=CachedSums MODEL_FILES
         Pictures=CachedPictures damage=find_damage fetched_file=download_checked fingerprint=model_digest
-        flush=fsync_path model_folder move_into=replace_files own_parts=open_cache read_json remove=remove_folder
-        save_npz signature=checksum telling_what_is_kept=note_cached whole=atomic_write writable_folder
-        write_whole=atomic_folder
+        flush=fsync_path keep_recipe=write_json model_folder move_into=atomic_folder own_parts=open_cache read_json
+        remove=remove_folder save_npz signature=checksum telling_what_is_kept=note_cached whole=atomic_write
+        writable_folder write_whole=atomic_folder
     """,
     "processes": """
-        PRECISIONS STRIDE=SEED_STRIDE Stopped accelerator_for=make_accelerator cores=available_cores end_processes
-        first_process=is_main_process free_memory generators=spawn_generators heard_by_all=raise_on_all_ranks
-        hidden_bar=progress_bar in_order=gather_in_order in_precision=autocast made_once=compute_once
-        my_turns=shard_batches noted_signals=catch_signals own_randomness=fork_rng
-        quiet_accelerate=import_accelerate random_state=rng_state same_everywhere=check_same_step say=print_main
-        signal_of_any=any_signal sum_over_processes=all_reduce_sum this_process trackers
+        LIMIT=MAX_SKIPPED PRECISIONS STRIDE=SEED_STRIDE Stopped accelerator_for=make_accelerator
+        cores=available_cores curves=tracking end_processes first_process=is_main_process free_memory
+        generators=spawn_generators heard_by_all=raise_on_all_ranks hidden_bar=progress_bar in_order=gather_in_order
+        in_precision=autocast made_once=compute_once my_turns=shard_batches noted_signals=catch_signals
+        own_randomness=fork_rng quiet_accelerate=import_accelerate random_state=rng_state
+        same_everywhere=check_same_step save_picture=track_picture say=print_main signal_of_any=any_signal
+        sum_over_processes=all_reduce_sum this_process trackers
     """,
     "pretrained": """
-        OLD_NAMES OLD_WEIGHTS PREDICTION_TYPES SAMPLER_ONLY SCHEDULER_DEFAULTS SCHEDULER_ONLY VARIANCE_TYPES WEIGHTS
-        download=download_model load_ddpm load_schedule=load_scheduler load_unet read_weights save_ddpm
-        scheduler_config word_for=first_key
+        OLD_NAMES OLD_WEIGHTS PREDICTION_TYPES SAMPLER_ONLY=IGNORED SCHEDULER_DEFAULTS SCHEDULER_ONLY=ONLY_VALUES
+        VARIANCE_TYPES WEIGHTS download=download_model load_ddpm load_schedule=load_scheduler load_unet
+        open_run=load_run read_weights save_ddpm scheduler_config word_for=first_key
     """,
     "images": """
-        image_grid outline=describe_images
+        draw_way=record_trajectory image_grid outline=describe_images
     """,
     "sources": """
         Broken=BrokenImages FORMATS Files=ImageFiles HUB NAMED Rows=ImageTable SPLITS SUFFIXES channels_first
         decoded=decode_image eight_bits=to_uint8 header=read_header hub_shelf=open_hub image_folder load_array
         load_digits load_mnist5k local_shelf=open_local need_datasets=import_datasets open_cell opened=open_image
         parquet_files paths_below=find_files quiet_datasets reason=error_reason resized=crop_and_resize split_of
-        table_of=load_table whole_labels=column_labels whole_numbers=integer_labels
+        table_of=load_table whole_labels=column_labels whole_numbers=load_array
     """,
     "loading": """
         StoredImages Turns=BatchReader amount=format_bytes attempts=map_images data_digest fetched=load_images_once
@@ -74,22 +79,21 @@ _MOVED = {
         need_one_size=check_one_size planes=to_planes residence=choose_residence survey
     """,
     "trainer": """
-        LIMIT=MAX_SKIPPED Learner OBJECTIVES PASSING=NOT_COMPARED RunLog=TrainingLog advice=error_advice
-        check_config curves=tracking ema_update go_on=resume_run load_state logger open_checkpoints plot_losses
-        run_facts=run_metadata same_model=check_same_model save_picture save_run=save_checkpoint training_state
-        write_checkpoint
+        OBJECTIVES PASSING=check_same_model RunLog=TrainingLog advice=error_advice check_config ema_update
+        go_on=resume_run logger open_checkpoints plot_losses run_facts=run_metadata same_model=check_same_model
+        save_run=save_checkpoint write_checkpoint
     """,
     "sampler": """
         Plan Sampling ancestral_plan between=ddim_coefficients compiled_step ddim_plan draw_missing=draw_batches
-        draw_way=draw_trajectory drawing_request=sampling_request follow=run_plan limiter one_step=sampler_step
-        open_run=load_run prediction_weights=prediction_coefficients replayed_step sample_steps start=initial_noise
-        step_table strided=strided_schedule time_steps walk=iterate_steps
+        drawing_request=sampling_request follow=run_plan limiter one_step=sampler_step
+        prediction_weights=prediction_coefficients replayed_step sample_steps start=initial_noise step_table
+        strided=strided_schedule time_steps walk=iterate_steps
     """,
     "metrics": """
         INCEPTION INCEPTION_SHA256 MOST=MAX_RECORDED Noting=RecordingFeatures Reference RunningStatistics
         Statistics=FeatureStatistics feature_statistics features_of=extract_features
-        neighbour_distance=kth_neighbour_distance noise_statistics quality=compare_samples
-        reference_of=make_reference root=matrix_sqrt share_within=fraction_within statistics_of=image_statistics
+        neighbour_distance=kth_neighbour_distance noise_statistics reference_of=make_reference root=matrix_sqrt
+        share_within=fraction_within statistics_of=image_statistics
     """,
     "evaluation": """
         BitsPerDim Evaluation=EvaluationRun RateDistortion asked_times=sample_terms bound_sums check_request
@@ -99,8 +103,8 @@ _MOVED = {
     """,
     "cli": """
         Demo Evaluate FORMS=OUTPUT_FORMATS Sample Train Typed=UncheckedTrainConfig complain=print_error
-        destination=resolve_output findings=demo_report keep_recipe=save_train_args main recipe_of=default_train
-        shown_log=show_log table=format_table typed=option_value
+        destination=resolve_output findings=demo_report main recipe_of=default_train shown_log=show_log
+        table=format_table typed=option_value
     """,
 }
 

@@ -376,7 +376,7 @@ def sample_pixels(
 # %% ../nbs/17_sampling.ipynb #85
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw images from a model."""
+    """Settings for drawing images from a model."""
 
     sampler: Literal["ancestral", "ddim"] = "ddim"
     """ancestral: Algorithm 2 of the paper; ddim: fewer steps, and deterministic for eta 0"""
