@@ -67,7 +67,7 @@ from ddpm_lit.sampler import draw_batches, sampling_request
 from ddpm_lit.unet import class_condition
 
 # %% ../nbs/19_evaluation.ipynb #11
-def term_probabilities(s: Schedule) -> Float64[Tensor, "T-1"]:
+def term_probabilities(s: Schedule) -> Float64[Tensor, "terms"]:
     "Return the probabilities with which the terms t = 1 … T-1 are drawn: half of them even, half like the bits."
     shape = (vlb_weight(s) * s.alpha_bar)[1:]
     return (shape / shape.sum() + 1 / len(shape)) / 2

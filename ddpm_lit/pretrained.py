@@ -273,7 +273,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
         net = load_unet(folder / "unet" if nested else folder)
     m = DDPM(net, *load_scheduler((folder / "scheduler" if nested or own else folder) / "scheduler_config.json"))
     if own and shape:
-        m.image_shape = shape
+        m.image_shape = tuple(shape)
     return m.eval()
 
 # %% ../nbs/12_pretrained.ipynb #34

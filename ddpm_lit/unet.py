@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'UNet']
 
 # %% ../nbs/09_unet.ipynb #3
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -271,7 +271,7 @@ def embed_conditions(net: nn.Module, x: Tensor, t: int | Tensor, labels: Tensor 
     return F.silu(emb if labels is None else emb + net.class_embedding(labels))
 
 
-def class_condition(net: nn.Module, labels: Tensor | None) -> dict[str, Tensor]:
+def class_condition(net: Callable, labels: Tensor | None) -> dict[str, Tensor]:
     "Return `labels` as the keyword of a network with `num_class_embeds`, else {}; ValueError where they are missing."
     config = getattr(net, "config", None)
     classes = config.get("num_class_embeds") if isinstance(config, dict) else None

@@ -165,7 +165,8 @@ def identifiers(source: str) -> set[str]:
 
 def private(source: str) -> set[str]:
     "Return the names with a private word in them."
-    return {name for name in identifiers(source) if set(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")) & PRIVATE}
+    parts = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_") for name in identifiers(source)}
+    return {name for name, words in parts.items() if set(words) & PRIVATE}
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

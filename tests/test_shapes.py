@@ -22,6 +22,8 @@ checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # Needs the network; is slow.
 NOT_CALLED = {"ddpm_lit.pretrained.download_model", "ddpm_lit.sources.load_mnist5k"}
+# Abstract.
+NOT_CALLED |= {f"ddpm_lit.sources.ImageSource.{name}" for name in ("name_of", "open", "select")}
 
 
 def test_annotations_hold_under_a_run_time_checker():
@@ -69,7 +71,9 @@ def calls(d: Names, folder: Path) -> None:
     d.identity("identity", x0, x0)
     d.expectation("expectation", torch.randn(1000, generator=draw), 0.0)
     d.rejects("rejects", lambda: d.identity("no", 1.0, 2.0))
-    d.report("report", "said")
+    d.report("report", "detail")
+    d.raises("raises", ValueError, "T must", lambda: d.linear_schedule(1))
+    d.two_points(s)(x0, t)
 
     # 01 gaussian
     g = d.Gaussian(x0, torch.ones(()))
@@ -115,7 +119,7 @@ def calls(d: Names, folder: Path) -> None:
     for variance, known in (("beta", None), ("learned", floor)):
         d.exact_ddpm(law, s, "v", variance, known).p_step(eps, t)
 
-    # 08 unet: the smallest network that has every part, with each variance; written and read back
+    # 08 layers, 09 unet, 12 pretrained: the smallest network that has every part, with each variance; written and read back
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
     (
         d.sinusoidal(t, 8),
@@ -131,7 +135,7 @@ def calls(d: Names, folder: Path) -> None:
         net = d.UNet.from_preset("digits", draw, **changes, resnet_time_scale_shift="scale_shift")
         net.gradient_checkpointing = True
         net(x0, t, labels).sum().backward()
-    d.Upsample(8)(torch.zeros(1, 8, 16, 16)), [d.beta_schedule(kind, 9, 0.1, 0.2) for kind in ("linear", "sigmoid")]
+    d.Upsample(8)(torch.zeros(1, 8, 16, 16)), [d.schedule_by_name(kind, 9, 0.1, 0.2) for kind in d.SCHEDULES]
     (
         d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8)),
         d.scaled_attention(*torch.zeros(3, 1, 2, 4, 8, dtype=torch.bfloat16)),
@@ -141,9 +145,15 @@ def calls(d: Names, folder: Path) -> None:
         net(x0, t), net(x0, 3), net.double()(x0.double(), t), net.float()
         m = d.DDPM(net, s, variance=variance)
         m.save_pretrained(folder / variance)
-        d.simple_loss(d.DDPM.from_pretrained(folder / variance), x0, draw)
+        d.simple_loss(d.DDPM.from_pretrained(folder / variance), x0, draw), d.load_run(folder / variance), m.device
+    classes = d.DDPM(d.UNet.from_preset("digits", draw, **small, num_class_embeds=10), s)
+    y = dict(class_labels=t)
+    d.class_condition(classes.net, t), d.vlb_terms(classes, x0, draw, cond=y), d.simple_loss(classes, x0, draw, cond=y)
+    own = d.DDPM(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), s).with_net(OneLayer())
+    own.image_shape = (1, 8, 8)
+    own.save_pretrained(folder / "own"), d.DDPM.from_pretrained(folder / "own", net=OneLayer())
 
-    # 09 data
+    # 13 images, 14 sources, 15 loading
     digits, path = d.load_digits(), folder / "images.npz"
     np.savez(path, images=digits.pixels[:100, 0].numpy(), labels=digits.labels[:100].numpy())
     few = d.load_images(path)
@@ -155,8 +165,9 @@ def calls(d: Names, folder: Path) -> None:
         for resident in (None, False):
             batches = d.ImageBatches(images, 8, flip=True, resident=resident, workers=0, process=(1, 2))
             next(iter(batches)), batches.batch(1), batches.describe(), images.read([1, 0]), len(images), repr(images)
+            next(iter(d.ImageBatches(images, 8, resident=resident, workers=0, labels=True))), images.select([1, 0])
 
-    # 10 training
+    # 10 files, 11 processes, 16 training
     config = dict(batch_size=4, out=str(folder / "run"), progress=False, objective="bound")
     again = d.TrainConfig(steps=3, resume=True, **config)
     config = d.TrainConfig(steps=2, accumulate=2, save_every=1, **config)
@@ -167,8 +178,16 @@ def calls(d: Names, folder: Path) -> None:
     repr(d.Stopped(15, 3, None))
     with d.fork_rng(0, torch.device("cpu")), d.error_advice(config, None):
         d.end_processes()
+    (
+        d.reset_peak_memory(torch.device("cpu")),
+        d.peak_memory(torch.device("cpu")),
+        trainer.load_state_dict(trainer.state_dict()),
+    )
+    d.drop_labels(t, 9, 0.5, draw), d.drop_labels(t, 9, 0.5, draw, (1, 2))
+    labelled = d.Trainer(classes, digits, d.TrainConfig(steps=2, batch_size=4, progress=False), on_step=print_nothing)
+    labelled.fit()
 
-    # 11 sampling
+    # 17 sampling
     for variance in d.VARIANCES:
         m = d.DDPM.from_pretrained(folder / variance)
         d.ancestral_sample(m, x0.shape, generator=draw), d.ancestral_sample(m, x0.shape, eps, steps=3)
@@ -178,10 +197,12 @@ def calls(d: Names, folder: Path) -> None:
     row, step = d.step_table(m, plan, x0)[0], d.compiled_step()  # the checker cannot be compiled, so it is left out:
     sampler.compiled_step = lambda: d.sampler_step
     d.sampler_step(m, x0, t, row), d.sampler_step(m, x0.double(), t, row.double(), eps.double(), 0.9)
-    d.replayed_step(m, x0, t, row, eps, False), list(d.iterate_steps(m, plan, x0, draw, True, False))
+    d.replayed_step(m, x0, t, row, eps, False), list(d.iterate_steps(m, plan, x0, draw, True, False, None))
     d.ddim_sample(m, x0.shape, 3, 1.0, compile=True), callable(step)
+    classes.sample(2, 2, cond=y, generator=draw), d.ddim_invert(classes, x0, 2, cond=y)
+    d.Sampling(steps=2, progress=False).draw(classes, 2, cond=y)
 
-    # 12 evaluation: images in memory, in files, as bare pixels, in batches; all terms and some
+    # 18 metrics, 19 evaluation: images in memory, in files, as bare pixels, in batches; all terms and some
     features, pixels = d.ClassifierFeatures(few, held_out=30), digits.pixels[:50]
     known = features(pixels)
     features.distance(pixels, few.pixels), features.flat(pixels), features.probabilities(known)
@@ -203,14 +224,15 @@ def calls(d: Names, folder: Path) -> None:
         d.inception_score(features.probabilities(x.double()).to(x), 5)
     inception = d.InceptionFeatures(folder / "net.pt", "cpu", *inception_like(folder / "net.pt"))
     inception.probabilities(inception(pixels[:3]))
-    m, any_size, kept = d.DDPM.from_pretrained(folder / "learned"), d.DDPM(lambda x, t: x, s), {}
-    bits = d.evaluate_bpd(m, few, 4, 3, draw, kept=kept), d.evaluate_bpd(any_size, stored, calls=2)
+    m, any_size, cache = d.DDPM.from_pretrained(folder / "learned"), d.DDPM(lambda x, t: x, s), {}
+    bits = d.evaluate_bpd(m, few, 4, 3, draw, cache=cache), d.evaluate_bpd(any_size, stored, calls=2)
     bits[0].decoder, bits[1].kl, d.rate_distortion(bits[0]), d.bound_sums(any_size, x0.double()), d.shard_batches(5, 2)
     d.means_and_errors(d.bound_sums(m, x0, 3, draw), 2, 3), [d.all_reduce_sum(x) for x in d.zero_sums(3).values()]
     d.spawn_generators(None, 2), [list(d.sample_terms(s, k, 2, None)) for k in (None, 2, 6)]
-    d.progress_bar(True, "x", 1, "call").close()
+    d.progress_bar(disable=True, desc="x", total=1, unit="call").close()
+    d.evaluate_samples(pixels, digits, n_reference=60), d.evaluate_model(m, few, n=4, calls=2)
 
-    # 13 the command line, every command of it
+    # 40 the command line, every command of it
     from ddpm_lit.cli import main
 
     run, little = str(folder / "demo"), ["--no-progress", "--steps", "2"]
@@ -222,6 +244,23 @@ def calls(d: Names, folder: Path) -> None:
     assert main(["sample", run, "--steps", "0"]) == 2
     words = ["-n", "4", "--batch-size", "3", "--bpd-calls", "2", "--reference", str(folder / "real.npz")]
     assert main(["evaluate", run, *little, *words]) == main(["evaluate", run, *little, *words]) == 0
+
+
+def print_nothing(step, loss) -> None:
+    assert step in (1, 2) and loss.ndim == 0
+
+
+class OneLayer(__import__("torch").nn.Module):
+    "A network of one's own."
+
+    def __init__(self):
+        import torch
+
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 1, 1)
+
+    def forward(self, x_t, t):
+        return self.layer(x_t)
 
 
 def inception_like(path: Path) -> tuple[str, str]:
@@ -271,8 +310,15 @@ def folder_of_images(folder: Path, d, pixels) -> None:
         for source, broken in ((root, 2), (folder / "few.parquet", 0)):  # no more: a wrong type would look like one
             few = d.load_images(source, memory=0, max_broken=broken)
             d.load_images(source, n=5, max_broken=broken), d.load_images(source, 4)
-            few.read(range(4)), few.shelf.title(0)
+            few.read(range(4)), few.source.name_of(0)
         d.load_images(folder / "few.parquet", (4, 3), stream=True, max_broken=0)
+    grey = np.full((4, 4), 3, np.int32)
+    (
+        d.to_uint8(Image.fromarray(grey.astype(np.uint16))),
+        d.to_uint8(Image.fromarray(grey.astype(np.uint8)).convert("LA")),
+    )
+    cache = d.CachedPictures(folder / "cached", dict(n=1, batch_size=1))
+    cache.save(0, d.load_images("digits").pixels[:1]), cache.read(0)
     d.load_images("digits", 4), d.parquet_files(folder, "train"), d.split_of("data/train-00000-of-00001.parquet")
     with contextlib.suppress(ValueError):
         d.load_images("digit")
@@ -290,7 +336,7 @@ REFUSED = """
     d.sinusoidal(torch.zeros(2, 2, dtype=torch.int64), 8)
     d.TimeEmbedding(8, 16)(torch.zeros(8))
     d.Attention(8, 8, 4, 1e-5)(torch.zeros(2, 8, 4))
-    d.root(torch.zeros(2, 3).double())
+    d.matrix_sqrt(torch.zeros(2, 3).double())
     d.RunningStatistics().add(torch.zeros(2, 3, 4))
     d.precision_recall(x0, x0)
     d.inception_score(torch.zeros(4, 2).long())
