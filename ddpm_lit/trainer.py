@@ -191,7 +191,7 @@ def with_prefix(state: dict, prefix: str) -> dict:
 
 
 class _TrainingStep:
-    "The state that a step changes: the network `net` of `m`, its average in `ema`, Adam, random numbers, and the counts."
+    "State that a step changes: the network `net` of `m`, its average in `ema`, Adam, random numbers, counts."
 
     def __init__(self, m: DDPM, config: TrainConfig, accelerator):
         self.m, self.config, self.accelerator, self.device = m, config, accelerator, accelerator.device

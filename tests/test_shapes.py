@@ -119,7 +119,7 @@ def calls(d: Names, folder: Path) -> None:
     for variance, known in (("beta", None), ("learned", floor)):
         d.exact_ddpm(law, s, "v", variance, known).p_step(eps, t)
 
-    # 08 layers, 09 unet, 12 pretrained: the smallest network that has every part, with each variance; written and read back
+    # 08 layers, 09 unet, 12 pretrained: the smallest network with every part, each variance; read back
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
     (
         d.sinusoidal(t, 8),
