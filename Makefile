@@ -33,7 +33,7 @@ test: lint ## lint, the tests in tests/, then every notebook run again and compa
 
 # The chapters and tests of the mathematics and of the rules: what a change breaks most often shows here first.
 QUICK_CHAPTERS := $(addprefix nbs/,$(addsuffix .ipynb,00_checks 01_gaussian 02_forward 03_posterior 04_reverse 06_objective))
-QUICK_TESTS := $(addprefix tests/test_,$(addsuffix .py,checks forward ddpm rooms notebooks properties layers unet images))
+QUICK_TESTS := $(addprefix tests/test_,$(addsuffix .py,forward ddpm rooms notebooks properties layers unet images))
 
 quick: lint ## a verdict within a minute: lint, the quick tests, the chapters of the mathematics; it names what it took
 	@echo "make quick takes $(QUICK_TESTS) (not those marked slow) and $(QUICK_CHAPTERS)"

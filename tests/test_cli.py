@@ -568,24 +568,13 @@ def test_a_learned_variance_is_trained_drawn_and_measured(tmp_path, counting):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_two_processes_share_a_request_and_an_evaluation(tiny, tmp_path):
+def test_two_processes_share_a_request(tiny, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ddpm_lit"]
     words = ["sample", str(tiny), "-n", "7", "--batch-size", "2", "--steps", "3", *QUIET, "--out"]
-    measure = ["evaluate", str(tiny), "-n", "50", "--batch-size", "18", "--steps", "3", *QUIET]
-    measure += ["--reference", str(tmp_path / "real.npz"), "--out"]
-    for name, command in (("two.npz", words), ("two.json", measure)):
-        done = subprocess.run([*torchrun, *command, str(tmp_path / name)], capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.count("in " + str(tmp_path)) == 1 + ("json" in name), done.stderr
-    (tmp_path / "real.npz").unlink()
-    assert cli.main([*words, str(tmp_path / "one.npz")]) == cli.main([*measure, str(tmp_path / "one.json")]) == 0
+    done = subprocess.run([*torchrun, *words, str(tmp_path / "two.npz")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("in " + str(tmp_path)) == 1, done.stderr
+    assert cli.main([*words, str(tmp_path / "one.npz")]) == 0
     assert torch.equal(load_images(tmp_path / "two.npz").pixels, load_images(tmp_path / "one.npz").pixels)
-    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
-    for part in ("bits_per_dim", "samples"):
-        assert one[part].keys() == two[part].keys()
-        for name in one[part]:
-            words = name in ("features", "sampler", "mixed_precision", "data")
-            assert two[part][name] == (one[part][name] if words else pytest.approx(one[part][name], rel=1e-5)), name
-    assert dict(content(tmp_path / "two"))["samples.png"] == dict(content(tmp_path / "one"))["samples.png"]
 
 
 @pytest.mark.parametrize(

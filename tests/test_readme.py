@@ -54,8 +54,8 @@ assert (samples < 32).float().mean() > 0.2  # so much of it is the black around 
     assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "digits-model"}
 
 
-FEWER = {"10_000": "2", "20_000": "3", "sample(16)": "sample(4, steps=2)", "sample(500)": "sample(40, steps=2)"}
-FEWER |= {"n=500, calls=50": "n=8, calls=3"}
+FEWER = {"10_000": "2, batch_size=4", "20_000": "3, batch_size=4", "n=500, calls=50": "n=8, calls=3"}
+FEWER |= {"sample(16)": "sample(4, steps=2)", "sample(500)": "sample(40, steps=2)"}
 
 
 @pytest.mark.slow
