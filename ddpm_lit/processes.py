@@ -65,23 +65,22 @@ def free_memory() -> int:
     return free // local_processes()
 
 # %% ../nbs/11_processes.ipynb #10
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
 def reset_peak_memory(device: torch.device) -> None:
-    "Let `peak_memory` begin anew, on a GPU or on Linux; elsewhere the peak stays that of the whole process."
+    "Let `peak_memory` begin anew, on a GPU or where Linux can; elsewhere the peak stays that of the whole process."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR.exists():
-        CLEAR.write_text("5")
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
     "Return the most bytes in use since `reset_peak_memory`: of the GPU's allocator, or of this process's resident set."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if STATUS.exists():
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[0])
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0])
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

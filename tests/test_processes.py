@@ -21,10 +21,8 @@ from ddpm_lit.processes import (
     batch_generator,
     catch_signals,
     free_memory,
-    peak_memory,
     print_main,
     progress_bar,
-    reset_peak_memory,
     shard_batches,
     spawn_generators,
     trackers,
@@ -51,14 +49,28 @@ def test_cores_are_shared_and_each_process_has_one(monkeypatch):
         assert available_cores() == cores
 
 
+PEAK = """
+import torch
+from ddpm_lit import processes
+from ddpm_lit.processes import peak_memory, reset_peak_memory
+CPU = torch.device("cpu")
+reset_peak_memory(CPU)
+before = peak_memory(CPU)
+torch.ones(100_000_000)
+assert 350e6 < peak_memory(CPU) - before < 500e6
+try:  # what this machine can do, without the function under test
+    open("/proc/self/clear_refs", "w").write("5")
+    can_reset = peak_memory(CPU) - before < 100e6
+except OSError:
+    can_reset = False
+torch.ones(100_000_000)
+reset_peak_memory(CPU)
+assert (peak_memory(CPU) - before < 100e6) == can_reset
+"""
+
+
 def test_peak_memory_remembers_and_is_reset():
-    reset_peak_memory(CPU)
-    before = peak_memory(CPU)
-    torch.ones(50_000_000)
-    assert 190e6 < peak_memory(CPU) - before < 300e6
-    if processes.CLEAR.exists():
-        reset_peak_memory(CPU)
-        assert peak_memory(CPU) - before < 100e6
+    subprocess.run([sys.executable, "-c", PEAK], check=True)  # a fresh process: not every kernel can forget a peak
 
 
 def test_only_one_module_reads_the_environment():
