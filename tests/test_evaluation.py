@@ -387,45 +387,6 @@ def test_what_makes_no_sense_is_refused(message):
         PASSED_OVER[message]()
 
 
-SHARED = """
-import sys, torch
-from test_evaluation import *
-from ddpm_lit.processes import this_process
-torch.set_num_threads(1)
-here = this_process()
-bits, statistics, small = shared()
-assert small.n == 3
-if here.is_main_process:
-    torch.save([*bits, *statistics[:3]], sys.argv[1])
-    print("processes:", here.num_processes)
-"""
-
-
-def corners(pixels):
-    return pixels.flatten(1)[:, ::9].double()
-
-
-def shared():
-    "What several processes work out together; the last has nothing for the second of them to do."
-    pixels = torch.randint(256, (37, 1, 8, 8), generator=rng(50), dtype=torch.uint8)
-    bits = evaluate_bpd(model(S, variance="learned"), Images(pixels), batch_size=5, generator=rng(51))
-    return bits, image_statistics(corners, pixels, batch_size=5), image_statistics(corners, pixels[:3], batch_size=5)
-
-
-@pytest.mark.processes
-def test_two_processes_find_what_one_finds(tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, str(tmp_path / "shared.py"), str(tmp_path / "found.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | PATHS, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "processes: 2" in done.stdout
-    bits, statistics, _ = shared()
-    two, expected = torch.load(tmp_path / "found.pt", weights_only=False), [*bits, *statistics[:3]]
-    for a, b in zip(two, expected, strict=True):
-        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-9, atol=1e-12)
-
-
 # ------------------------------------------------------------------------------------------- a model on a data set
 
 
@@ -921,29 +882,49 @@ def test_what_cannot_be_measured_is_refused_before_the_network_is_called(
     assert list(tmp_path.iterdir()) == [] and sorted(run.rglob("*")) == before, "it leaves nothing behind"
 
 
-RUN_SHARED = """
+SHARED = """
 import sys
-from pathlib import Path
-from test_evaluation import Request, evaluate_run
-import torch
+from test_evaluation import *
+from ddpm_lit.processes import this_process
 torch.set_num_threads(1)
-run, folder, name = map(Path, sys.argv[1:])
-work = evaluate_run(Request(run, n=50, batch_size=18, reference=folder / "real.npz", out=folder / name))
+here, folder = this_process(), Path(sys.argv[1])
+bits, statistics, small = shared()
+assert small.n == 3 and here.num_processes == 2
+if here.is_main_process:
+    torch.save([*bits, *statistics[:3]], folder / "found.pt")
+evaluate_run(request(folder, "two.json"))
 """
+
+
+def corners(pixels):
+    return pixels.flatten(1)[:, ::9].double()
+
+
+def shared():
+    "What several processes work out together; the last has nothing for the second of them to do."
+    pixels = torch.randint(256, (37, 1, 8, 8), generator=rng(50), dtype=torch.uint8)
+    bits = evaluate_bpd(model(S, variance="learned"), Images(pixels), batch_size=5, generator=rng(51))
+    return bits, image_statistics(corners, pixels, batch_size=5), image_statistics(corners, pixels[:3], batch_size=5)
+
+
+def request(folder, out):
+    return Request(folder / "run", n=50, batch_size=18, reference=folder / "real.npz", out=folder / out)
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_share_an_evaluation(tmp_path):
     class_model().save_pretrained(tmp_path / "run" / "model")
-    (tmp_path / "shared.py").write_text(RUN_SHARED)
+    (tmp_path / "shared.py").write_text(SHARED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "shared.py")]
-    args = [str(tmp_path / "run"), str(tmp_path)]
-    done = subprocess.run([*torchrun, *args, "two.json"], capture_output=True, text=True, env=os.environ | PATHS)
+    done = subprocess.run([*torchrun, str(tmp_path)], capture_output=True, text=True, env=os.environ | PATHS)
     assert done.returncode == 0, done.stderr
+    bits, statistics, _ = shared()
+    found, expected = torch.load(tmp_path / "found.pt", weights_only=False), [*bits, *statistics[:3]]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-9, atol=1e-12)
     (tmp_path / "real.npz").unlink()
-    request = Request(tmp_path / "run", n=50, batch_size=18, reference=tmp_path / "real.npz", out=tmp_path / "one.json")
-    evaluate_run(request)
+    evaluate_run(request(tmp_path, "one.json"))
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     for part in ("bits_per_dim", "samples"):
         assert one[part].keys() == two[part].keys()

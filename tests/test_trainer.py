@@ -26,7 +26,7 @@ from ddpm_lit.forward import cosine_schedule, linear_schedule
 from ddpm_lit.images import Images, to_network
 from ddpm_lit.loading import ImageBatches, load_images
 from ddpm_lit.objective import bound_loss, simple_loss
-from ddpm_lit.processes import Stopped
+from ddpm_lit.processes import Stopped, this_process
 from ddpm_lit.trainer import TrainConfig, Trainer, ema_update, save_checkpoint
 from ddpm_lit.unet import UNet
 
@@ -618,34 +618,41 @@ def test_a_second_ctrl_c_does_not_wait(heeded, digits):
 # -- several processes
 
 TOGETHER = """
-import sys, torch, torch.distributed as dist
+import sys, torch
 from test_trainer import *
-from ddpm_lit.processes import this_process
 torch.set_num_threads(1)
-here = this_process()
-batch = 16 // here.num_processes
-changes = dict(steps=8, lr=1e-4, batch_size=batch, save_every=4, flip=True, out=sys.argv[1], resume=True)
-def on_step(step, loss):
-    if "--stop" in sys.argv and here.process_index == here.num_processes - 1 and step == 5:
-        signal.raise_signal(signal.SIGTERM)
-trainer = Trainer(tiny(num_class_embeds=11), load_images("digits"), config(**changes, drop_labels=0.5), on_step=on_step)
-try:
-    trainer.fit()
-except Stopped as stopped:
-    print(stopped, flush=True)
-mine = torch.cat([weights(trainer.net), weights(trainer.ema.net)])
-for got in trainer.accelerator.gather(mine[None]):
-    assert torch.equal(got, mine), "the processes differ"
-if here.is_main_process:
-    torch.save(torch.cat([trainer.log.losses, mine]), sys.argv[2])
+together(Path(sys.argv[1]), Path(sys.argv[2]), stop="--stop" in sys.argv)
 """
 
 
-def ended(place, *launcher, extra=()):
-    "Run TOGETHER in the folder `place` and return what it printed and the weights it ended with."
+def together(run, end, stop=False):
+    "Take 8 steps of 16 images, all processes together, or stop after five; store losses and weights in `end`."
+    here = this_process()
+
+    def on_step(step, loss):
+        if stop and here.process_index == here.num_processes - 1 and step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    changes = dict(steps=8, lr=1e-4, batch_size=16 // here.num_processes, save_every=4, flip=True, drop_labels=0.5)
+    c = config(**changes, out=str(run), resume=True)
+    trainer = Trainer(tiny(num_class_embeds=11), load_images("digits"), c, on_step=on_step)
+    try:
+        trainer.fit()
+    except Stopped as stopped:
+        print(stopped, flush=True)
+    mine = torch.cat([weights(trainer.net), weights(trainer.ema.net)])
+    for got in trainer.accelerator.gather(mine[None]):
+        assert torch.equal(got, mine), "the processes differ"
+    if here.is_main_process:
+        torch.save(torch.cat([trainer.log.losses, mine]), end)
+
+
+def ended(place, extra=()):
+    "Run TOGETHER by two processes in the folder `place` and return what they printed and the weights at the end."
     place.mkdir(exist_ok=True)
     (place / "together.py").write_text(TOGETHER)
-    process = started(place, *launcher, str(place / "together.py"), extra=extra)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    process = started(place, *torchrun, str(place / "together.py"), extra=extra)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out, torch.load(place / "end.pt", weights_only=True)
@@ -655,19 +662,18 @@ def ended(place, *launcher, extra=()):
 @pytest.mark.processes
 def test_two_processes_agree_and_are_one_with_the_double_batch_stopped_or_not(tmp_path):
     "Also in the labels that they drop."
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    _, one = ended(tmp_path / "one", sys.executable)
-    _, two = ended(tmp_path / "two", *torchrun)
+    together(tmp_path / "one", tmp_path / "one.pt")
+    one, (_, two) = torch.load(tmp_path / "one.pt", weights_only=True), ended(tmp_path / "two")
     torch.testing.assert_close(two[:8], one[:8], rtol=1e-5, atol=1e-6)  # the losses
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
     assert (one[8:] - weights(tiny(num_class_embeds=11).net).repeat(2)).abs().median() > 1e-4, (
         "they have moved further than that"
     )
-    printed, early = ended(tmp_path / "stopped", *torchrun, extra=["--stop"])
+    printed, early = ended(tmp_path / "stopped", extra=["--stop"])
     assert printed.count("stopped by SIGTERM after step 5") == 2
     assert Checkpoints(tmp_path / "stopped" / "run").steps() == [4, 5]
     assert not torch.equal(early, two)
-    _, late = ended(tmp_path / "stopped", *torchrun)
+    _, late = ended(tmp_path / "stopped")
     assert torch.equal(late, two), "stopped on one process, resumed on both"
 
 
