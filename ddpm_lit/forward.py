@@ -9,9 +9,11 @@ __all__ = ['Schedule', 'linear_schedule', 'q_step', 'q_marginal', 'q_sample', 's
 # %% ../nbs/02_forward.ipynb #11
 import copy
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -68,10 +70,24 @@ class Schedule:
         return moved
 
 # %% ../nbs/02_forward.ipynb #15
+def as_integer(name: str, value, least: int | None = None, most: int | None = None) -> int:
+    "Return a whole number of any type as an int; `ValueError`, naming it, for others and outside `least` … `most`."
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
+    return number
+
+
 def _check_ends(T: int, beta_1: float, beta_T: float) -> None:
     "Raise `ValueError` for fewer than two steps, or for an end outside (0, 1)."
-    if T < 2:
-        raise ValueError(f"T must be at least 2, got {T}")
+    as_integer("T", T, least=2)
     for name, value in (("beta_1", beta_1), ("beta_T", beta_T)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie in (0, 1), got {value}")
@@ -82,7 +98,7 @@ def linear_schedule(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -
     _check_ends(T, beta_1, beta_T)
     return Schedule(torch.linspace(beta_1, beta_T, T, dtype=torch.float64))
 
-# %% ../nbs/02_forward.ipynb #21
+# %% ../nbs/02_forward.ipynb #22
 def at(table: Float64[Tensor, "T"], t: int | Int[Tensor, "..."], x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return `table[t]` in the dtype of `x`, with axes of length 1 behind, so that it multiplies `x`.
 
@@ -99,12 +115,12 @@ def at(table: Float64[Tensor, "T"], t: int | Int[Tensor, "..."], x: Float[Tensor
     values = table[t.to(table.device)].to(x)
     return values[(...,) + (None,) * (x.ndim - values.ndim)]
 
-# %% ../nbs/02_forward.ipynb #26
+# %% ../nbs/02_forward.ipynb #27
 def q_step(s: Schedule, x_prev: Float[Tensor, "..."], t: int | Int[Tensor, "..."]) -> Gaussian:
     "Return q(x_t | x_{t-1}), one transition (Ho et al. 2020, Eq. 2)."
     return Gaussian(at(s.alpha.sqrt(), t, x_prev) * x_prev, at(s.beta, t, x_prev))
 
-# %% ../nbs/02_forward.ipynb #32
+# %% ../nbs/02_forward.ipynb #33
 def q_marginal(s: Schedule, x0: Float[Tensor, "..."], t: int | Int[Tensor, "..."]) -> Gaussian:
     "Return q(x_t | x_0), all transitions up to `t` at once (Ho et al. 2020, Eq. 4)."
     return Gaussian(at(s.alpha_bar.sqrt(), t, x0) * x0, at(1 - s.alpha_bar, t, x0))
@@ -118,7 +134,7 @@ def q_sample(
         raise ValueError(f"eps must be shaped like x0, {tuple(x0.shape)}, got {tuple(eps.shape)}")
     return at(s.alpha_bar.sqrt(), t, x0) * x0 + at((1 - s.alpha_bar).sqrt(), t, x0) * eps
 
-# %% ../nbs/02_forward.ipynb #48
+# %% ../nbs/02_forward.ipynb #49
 def scaled_linear_schedule(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
     "Return T variances whose square roots lie at equal distances (Rombach et al. 2022)."
     _check_ends(T, beta_1, beta_T)
@@ -140,7 +156,7 @@ def cosine_schedule(T: int = 1000) -> Schedule:
     alpha_bar = ((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     return Schedule((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
-# %% ../nbs/02_forward.ipynb #52
+# %% ../nbs/02_forward.ipynb #53
 SCHEDULES = ("linear", "scaled_linear", "sigmoid", "cosine")
 
 

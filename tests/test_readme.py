@@ -28,11 +28,12 @@ def recipe(target: str) -> list[str]:
     return [own.sub("", line.strip()) for line in body.splitlines()]
 
 
-def run_program(program: str, folder: Path) -> None:
-    "Run a program in `folder`, in a process of its own; its errors are shown."
+def run_program(program: str, folder: Path) -> str:
+    "Run a program in `folder`, in a process of its own, and return what it printed; its errors are shown."
     alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     run = subprocess.run([sys.executable, "-c", program], cwd=folder, env=alone, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 @pytest.mark.slow
@@ -79,9 +80,9 @@ tiny_model(linear_schedule()).save_pretrained("demo/model")
     looks = {
         0: 'assert Path("run/model/model_index.json").is_file() and Path("samples.png").stat().st_size > 100',
         1: 'assert m.image_shape == (1, 8, 8) and Path("samples.png").is_file()',
-        2: "assert evaluate_samples(m.sample(40, steps=2), load_images('digits'))['frechet_distance'] > 0",
+        2: "",  # it prints the scores, see below
         3: 'assert m.s.T == 1000 and m.predicts == "v" and m.sample(2, steps=2).shape == (2, 1, 8, 8)',
-        4: 'assert evaluate_model(m, load_images("digits"), n=8, calls=3)["total"] > 0',
+        4: "",  # nor need these be computed again
     }
     for i, task in enumerate(tasks):
         for large, small in FEWER.items():
@@ -93,7 +94,8 @@ tiny_model(linear_schedule()).save_pretrained("demo/model")
             program += "m = tiny\n"
     program += 'labels = {"class_labels": torch.arange(10)}\n'
     program += "assert tiny_model(num_class_embeds=10).sample(10, steps=2, cond=labels).shape == (10, 1, 8, 8)\n"
-    run_program(program, tmp_path)
+    printed = run_program(program, tmp_path)
+    assert re.search(r"'frechet_distance': \d+\.", printed) and re.search(r"'total': \d+\.", printed), printed
 
 
 def test_the_table_lists_exactly_the_chapters():
