@@ -36,6 +36,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
+# %% ../nbs/10_files.ipynb #0841ae62
+def as_path(path: str | os.PathLike) -> Path:
+    "Return `path` as a `Path`, with a leading ~ replaced by the home folder: the way in for every path of a user."
+    return Path(path).expanduser()
+
+
+def printable(text: object) -> str:
+    "Return `str(text)` in one line that every UTF-8 file takes: other bytes as \\udcNN, line breaks as spaces."
+    return " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
+
 # %% ../nbs/10_files.ipynb #11
 def read_json(path: Path) -> dict:
     "Return the JSON object in a file; `ValueError` if the file is missing, broken or holds something else."
@@ -49,9 +59,10 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    "Write `content` as indented JSON by `atomic_write`."
+    "Write `content` as indented JSON by `atomic_write`; bytes of file names that are not UTF-8 are escaped."
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes them, too
 
 # %% ../nbs/10_files.ipynb #14
 def checksum(path: Path) -> tuple[int, str]:

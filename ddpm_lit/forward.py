@@ -9,9 +9,11 @@ __all__ = ['Schedule', 'linear_schedule', 'q_step', 'q_marginal', 'q_sample', 's
 # %% ../nbs/02_forward.ipynb #11
 import copy
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -68,10 +70,24 @@ class Schedule:
         return moved
 
 # %% ../nbs/02_forward.ipynb #15
+def as_integer(name: str, value, least: int | None = None, most: int | None = None) -> int:
+    "Return a whole number of any type as an int; `ValueError`, naming it, for others and outside `least` … `most`."
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
+    return number
+
+
 def _check_ends(T: int, beta_1: float, beta_T: float) -> None:
     "Raise `ValueError` for fewer than two steps, or for an end outside (0, 1)."
-    if T < 2:
-        raise ValueError(f"T must be at least 2, got {T}")
+    as_integer("T", T, least=2)
     for name, value in (("beta_1", beta_1), ("beta_T", beta_T)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie in (0, 1), got {value}")
