@@ -12,9 +12,10 @@ from pictures import FASHION, cut, encoded, image_table, level, make_torn, make_
 from PIL import Image
 
 from ddpm_lit import loading
-from ddpm_lit.images import Images, to_pixels
-from ddpm_lit.loading import ImageBatches, StoredImages, choose_residence, data_digest, load_images
-from ddpm_lit.sources import crop_and_resize, decode_image, image_folder
+from ddpm_lit.decoding import crop_and_resize, decode_image
+from ddpm_lit.images import Images, choose_residence, to_pixels
+from ddpm_lit.loading import ImageBatches, StoredImages, data_digest, load_images
+from ddpm_lit.sources import image_folder
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_broken_files_are_left_out_and_named_in_one_warning(torn):
     assert "as/04.png (" in message and "bs/03.png (" in message and message.endswith("; left out")
     assert caught[0].filename == __file__
     assert len(images) == 17 and images.labels.tolist() == [0] * 9 + [1] * 8
-    source = image_folder(torn, "train")
+    source = image_folder(torn)
     sound = [i for i in range(20) if source.name_of(i) not in ("as/04.png", "bs/03.png", "bs/05.png")]
     for i, pixels in zip(sound, images.pixels, strict=True):
         assert np.array_equal(decode_image(source.open(i)), pixels[0])
@@ -461,15 +462,23 @@ def test_batches_are_those_of_every_version_before(options, batches, order):
     assert [hashlib.sha256(part.numpy().tobytes()).hexdigest()[:16] for part in parts] == [batches, order]
 
 
-def test_the_digest_of_a_data_set_is_that_of_every_version_before(zoo):
-    digits = load_images("digits")
-    assert data_digest(digits) == "d1d8d75a1d2c" and data_digest(load_images("digits", n=7)) == "c6c8a5a429c1"
-    assert data_digest(digits.select(torch.arange(1797).flip(0))) != data_digest(digits)
-    assert (
-        data_digest(load_images(zoo, memory=0))
-        == data_digest(load_images(zoo, memory=0))
-        != data_digest(load_images(zoo))
-    )
+def test_the_digest_of_a_data_set_is_one_of_pixels_and_labels_alone(zoo, tmp_path):
+    digits, in_memory, stored = load_images("digits"), load_images(zoo), load_images(zoo, memory=0)
+    assert data_digest(digits) == "b9f5ad128d9e" and data_digest(in_memory) == data_digest(stored)
+    copy = zoo.rename(tmp_path / "elsewhere")
+    assert data_digest(load_images(copy)) == data_digest(in_memory)
+    assert data_digest(load_images("digits", n=7)) == data_digest(digits.select(range(7))) != data_digest(digits)
+    put(copy / "cat/z.png", level(77))
+    changed = [load_images(copy), Images(in_memory.pixels, 1 - in_memory.labels), Images(in_memory.pixels)]
+    changed += [in_memory.select(range(8, -1, -1)), load_images(copy, size=5)]
+    assert len({data_digest(images) for images in (in_memory, *changed)}) == 6
+
+
+def test_the_digest_of_a_large_set_reads_a_part_of_it(monkeypatch):
+    images, read = Images(torch.zeros(1000, 1, 1, 1, dtype=torch.uint8).expand(-1, 1, 512, 512)), []
+    monkeypatch.setattr(Images, "read", lambda self, i: read.extend(i) or torch.zeros(1, dtype=torch.uint8))
+    data_digest(images)
+    assert read == list(range(0, 1000, 4))
 
 
 @pytest.mark.parametrize("indices", [[7, 0], range(3), torch.tensor([8, 8])])

@@ -153,7 +153,7 @@ def calls(d: Names, folder: Path) -> None:
     own.image_shape = (1, 8, 8)
     own.save_pretrained(folder / "own"), d.DDPM.from_pretrained(folder / "own", net=OneLayer())
 
-    # 13 images, 14 sources, 15 loading
+    # 13 images, 14 decoding and sources, 15 loading
     digits, path = d.load_digits(), folder / "images.npz"
     np.savez(path, images=digits.pixels[:100, 0].numpy(), labels=digits.labels[:100].numpy())
     few = d.load_images(path)

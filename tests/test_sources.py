@@ -10,8 +10,9 @@ import torch
 from pictures import FASHION, encoded, file_of, image_table, level, make_zoo, put, quiet_hub
 from PIL import Image
 
+from ddpm_lit.decoding import decode_image, read_header
 from ddpm_lit.loading import load_images
-from ddpm_lit.sources import ImageTable, decode_image, image_folder, read_header, split_of
+from ddpm_lit.sources import ImageTable, image_folder, split_of
 
 
 @pytest.fixture
@@ -104,12 +105,8 @@ def test_arrays_in_every_recognised_layout(tmp_path, suffix, array, wanted):
     ids=lambda array: f"{array.dtype}-{array.shape}",
 )
 def test_arrays_that_could_be_misread_are_refused(tmp_path, array):
-    # A lone (3, 6, 4) is three grey images by its shape: that one is read, and is the only one here that is.
     np.save(tmp_path / "a.npy", array)
-    if array.shape == (3, 6, 4):
-        assert load_images(tmp_path / "a.npy").pixels.shape == (3, 1, 6, 4)
-        return
-    with pytest.raises(ValueError, match="a.npy: (images|pixels) must be uint8"):
+    with pytest.raises(ValueError, match="a.npy: (images|pixels) must be (uint8|[(]1, 3, 6, 4[)], if they are one image, or [(]3, 6, 4, 1)"):
         load_images(tmp_path / "a.npy")
 
 
@@ -227,12 +224,12 @@ def test_every_kind_of_picture_is_decoded_as_it_is_meant(mode):
     result = decode_image(file)
     assert result.dtype == np.uint8 and result.shape == np.shape(wanted)
     assert np.abs(result.astype(float) - np.asarray(wanted)).max() <= atol
-    assert read_header(file) == (1 if result.ndim == 2 else 3, (5, 4))
+    assert read_header(file)[:2] == (1 if result.ndim == 2 else 3, (5, 4))
 
 
 @pytest.mark.parametrize("values", [W.astype(np.float32), W.astype(np.int32) - 1, W.astype(np.int32) + 1])
-def test_numbers_beyond_16_bits_are_refused(values):
-    with pytest.raises(ValueError, match="beyond 16 bits"):
+def test_floats_and_numbers_beyond_16_bits_are_refused(values):
+    with pytest.raises(ValueError, match="is floating point" if values.dtype == np.float32 else "beyond 16 bits"):
         decode_image(file_of(Image.fromarray(values), "TIFF"))
 
 
@@ -252,7 +249,7 @@ def test_pictures_are_turned_upright(orientation, format):
     options = dict(lossless=True) if format == "WEBP" else dict(quality=98, subsampling=0) if format == "JPEG" else {}
     file, wanted = file_of(Image.fromarray(stored), format, exif=exif, **options), UPRIGHT[orientation](stored)
     result = decode_image(file)
-    assert read_header(file) == (3, result.shape[:2]) and result.shape == wanted.shape
+    assert read_header(file)[:2] == (3, result.shape[:2]) and result.shape == wanted.shape
     assert np.abs(result.astype(int) - wanted).max() <= (12 if format == "JPEG" else 0)
     deep = file_of(Image.fromarray(W), exif=exif)
     assert np.array_equal(decode_image(deep), UPRIGHT[orientation](WIDE))
@@ -336,8 +333,6 @@ def test_folders_called_after_splits_are_splits(tmp_path):
     assert held_out.pixels[:, 0, 0, 0].tolist() == [2, 3] and held_out.classes == ("cat", "dog")
     with pytest.raises(ValueError, match="split must be one of train, validation in .*, got 'test'"):
         load_images(tmp_path, split="test")
-    put(tmp_path / "bus/5.png", level(5))  # then Train is a train
-    assert load_images(tmp_path).classes == ("Train", "bus", "val")
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
@@ -459,7 +454,7 @@ def test_where_datasets_is_missing_the_line_to_install_it_is_given(monkeypatch, 
 
 @pytest.mark.parametrize("indices", [[3, 0, 3], range(2)])
 def test_a_selection_of_a_source_is_a_source(zoo, hf, indices):
-    files, rows = image_folder(zoo, "train"), ImageTable(image_table(hf), "fashion")
+    files, rows = image_folder(zoo), ImageTable(image_table(hf), "fashion")
     assert np.array_equal(decode_image(rows.select([6]).open(0)), FASHION[6])
     for source in (files, rows):
         some = source.select(indices)
