@@ -29,7 +29,7 @@ from ddpm_lit.images import GRID, Images
 def scale_16_bits(values: np.ndarray) -> UInt8[np.ndarray, "h w"]:
     "Return round(v / 257), which maps 0 … 65535 to 0 … 255; raise `ValueError` for other values and for floats."
     if values.dtype.kind == "f":
-        raise ValueError("is floating point, and nobody knows which number is white: convert it to 8 or 16 bits")
+        raise ValueError("is floating point, and nobody knows what is white: 8 or 16 bits are read")
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("has values beyond 16 bits")
     return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
@@ -133,8 +133,8 @@ def decode_image(file: io.IOBase, size: tuple[int, int] | None = None) -> UInt8[
     """
 
     def read(image):
-        image.load()  # before its orientation is read: Pillow itself turns a TIFF upright
-        return upright(to_uint8(image), exif_orientation(image))
+        turned = 1 if image.format == "TIFF" else exif_orientation(image)  # Pillow itself turns a TIFF upright
+        return upright(to_uint8(image), turned)  # (orientations that follow the pixels do not count: no header knows)
 
     array = read_picture(file, read)
     return array if size is None or array.shape[:2] == size else crop_and_resize(array, size)

@@ -262,7 +262,7 @@ def load_images(
     max_broken = None if max_broken is None else as_integer("max_broken", max_broken, 0)
     memory = None if memory is None else as_integer("memory", memory, 0)
     path, text = as_path(source), str(source)
-    exists = os.path.exists(path)
+    exists = bool(text) and os.path.exists(path)
     known, clash = (False, None) if exists and not isinstance(source, str) else name_clash(text, path)
     if clash:
         warnings.warn(clash, stacklevel=2)
@@ -399,7 +399,7 @@ def read_ahead(batches: "ImageBatches") -> Iterator:
             parts = next(workers)
         except Exception as error:  # whatever a worker died of: what is wrong with an image is no exception there
             advice = "give workers=0, or them more shared memory (docker run --shm-size)"
-            reason = printable(error)[:200].rstrip(".")
+            reason = printable(str(error).strip().split("\n")[-1])[:200].rstrip(".") or type(error).__name__
             warnings.warn(f"workers failed: {reason}; this process reads on, more slowly: {advice}", stacklevel=2)
             workers = None
         else:

@@ -25,7 +25,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ddpm_lit.decoding import SUFFIXES, LeftOut, error_reason
-from ddpm_lit.files import printable, read_json
+from ddpm_lit.files import as_path, printable, read_json
 from ddpm_lit.images import NAMED, as_indices
 from ddpm_lit.processes import available_cores, progress_bar
 
@@ -327,7 +327,8 @@ class ImageTable(ImageSource):
         except Exception as error:
             raise ValueError(f"{name}: its columns cannot be read: {error_reason(error)}") from None
         self.column, self.label_column = find_columns(name, features)
-        self.name, self.left_out, kind = name, left_out or LeftOut(), features.get(self.label_column)
+        self.name, self.left_out = name, LeftOut() if left_out is None else left_out
+        kind = features.get(self.label_column)
         self.classes = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
         if isinstance(features[self.column], datasets.Image):
             table = table.cast_column(self.column, datasets.Image(decode=False))
@@ -412,26 +413,25 @@ HUB = {
 
 def name_clash(source: str, path: Path) -> tuple[bool, str | None]:
     "Return whether `source` is a known data set, not what lies at `path`; and where both are there, what to say."
-    known, there = source in NAMED or source in HUB, path.is_dir() or path.is_file()
-    if not (known and there):
+    known, folder = source in NAMED or source in HUB, os.path.isdir(path)
+    if not (known and os.path.exists(path)):
         return known, None
-    remote, own = HUB.get(source, f"the data set {source} of the package"), path.is_dir() and own_output(path)
-    if source in HUB and path.is_dir() and not own:
-        return (
-            False,
-            f"source {source!r} is the folder of this name here, not {remote} on the Hub; {remote!r} is that one",
-        )
-    kind = f"holds {own} and is not read" if own else f"is another: './{source}' reads it"
-    return True, f"source {source!r} is {remote}{' on the Hub' * (source in HUB)}; what has this name here {kind}"
+    own, remote = folder and own_output(path), HUB.get(source)
+    if remote and folder and not own:
+        return False, f"source {source!r} is read as the folder here; the data set on the Hub is {remote!r}"
+    here, kind = f"holds {own}" if own else f"is './{source}'", "folder" if folder else "file"
+    chosen = f"{remote} on the Hub" if remote else "the data set of this name"
+    return True, f"source {source!r} is read as {chosen}; the {kind} here {here}"
 
 
 def open_hub(source: str, split: str | None, stream: bool, progress: bool) -> ImageTable:
     "Return the source for a data set on the Hub; `ValueError` with the nearest known name for what cannot be one."
     name = HUB.get(source, source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
         near = difflib.get_close_matches(source, [*NAMED, *HUB], n=1)
         names, hint = ", ".join([*NAMED, *HUB]), f"; did you mean {near[0]!r}?" if near else ""
         kinds = "a folder of images, a .npy, .npz or .parquet file, or owner/name on the Hugging Face Hub"
+        hint = f"; there is nothing at {printable(as_path(source))}" if source[:1] in ("~", ".", "/") else hint
         raise ValueError(f"source must be {names}, {kinds}; got {source!r}{hint}")
     name, _, config = name.partition(":")
     here = "" if os.path.exists(source) else "no path here; "
