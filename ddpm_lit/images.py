@@ -94,9 +94,8 @@ class Images:
 
     def select(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> "Images":
         "Return the images at `indices`, in this order, with their labels."
-        indices = as_indices(indices, len(self), least=1)
-        labels = None if self.labels is None else self.labels[indices]
-        return Images(self.pixels[indices], labels, self.name, self.classes)
+        i = as_indices(indices, len(self), least=1)
+        return Images(self.pixels[i], None if self.labels is None else self.labels[i], self.name, self.classes)
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_images', 'ImageBatches']
 
-# %% ../nbs/15_loading.ipynb #8
+# %% ../nbs/15_loading.ipynb #6
 import functools
 import itertools
 import math
@@ -20,6 +20,7 @@ from einops import repeat
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+# %% ../nbs/15_loading.ipynb #9
 from ddpm_lit.decoding import (
     BrokenImages,
     as_size,
@@ -58,7 +59,7 @@ from ddpm_lit.sources import (
     open_local,
 )
 
-# %% ../nbs/15_loading.ipynb #9
+# %% ../nbs/15_loading.ipynb #10
 def survey(
     source: ImageSource, size: tuple[int, int] | None, broken: BrokenImages
 ) -> tuple[ImageSource, tuple[int, int, int]]:
@@ -82,7 +83,7 @@ def survey(
     remaining = source.select([i for i in range(n) if i not in missing]) if missing else source
     return remaining, (channels, *expected)
 
-# %% ../nbs/15_loading.ipynb #11
+# %% ../nbs/15_loading.ipynb #12
 def decode_all(
     source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages, progress: bool = False
 ) -> Images:
@@ -99,10 +100,10 @@ def decode_all(
         decoded.append(i)
     if not decoded:
         raise ValueError(f"{source.name} holds no image that can be read: {broken}")
-    labels = None if source.labels is None else source.labels[torch.tensor(decoded)]
+    labels = None if source.labels is None else source.labels[as_indices(decoded, len(source))]
     return Images(torch.from_numpy(pixels[: len(decoded)]), labels, source.name, source.classes)
 
-# %% ../nbs/15_loading.ipynb #16
+# %% ../nbs/15_loading.ipynb #15
 def decode_like(source: ImageSource, i: int, shape: tuple[int, int, int], size) -> UInt8[np.ndarray, "c h w"]:
     "Decode image i of the source to `shape`, (c, h, w); raise `ValueError` where it has another size, or colour."
     with source.open(i) as file:
@@ -115,6 +116,7 @@ def decode_like(source: ImageSource, i: int, shape: tuple[int, int, int], size) 
     return to_planes(array, c)
 
 
+@quiet_pillow()
 def decode_batch(
     source: ImageSource, indices: list[int], shape: tuple[int, int, int], size, limit: int
 ) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, "b"], dict[int, str]]:
@@ -135,12 +137,11 @@ def decode_batch(
             break
     return torch.from_numpy(pixels), torch.from_numpy(used), errors
 
-# %% ../nbs/15_loading.ipynb #18
+# %% ../nbs/15_loading.ipynb #17
 class StoredImages:
     """Images that stay encoded in their `source`, and are decoded to `shape`, (c, h, w), when they are read.
 
-    An image that cannot be used (see `decode_like`) is replaced by the next that can, with a warning that names it;
-    reading raises `ValueError` where these are more than `broken.limit`.
+    One that cannot be used is replaced by the next that can, with a warning; ValueError beyond `broken.limit` of them.
     """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages):
@@ -156,13 +157,12 @@ class StoredImages:
 
     def select(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> "StoredImages":
         "Return the images at `indices`, in this order, with their labels."
-        indices = as_indices(indices, len(self), least=1).tolist()
-        return StoredImages(self.source.select(indices), self.shape, self.size, self.broken)
+        source = self.source.select(as_indices(indices, len(self), least=1).tolist())
+        return StoredImages(source, self.shape, self.size, self.broken)
 
     def try_read(self, indices: Int64[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, "b"], dict]:
         "Return the pixels, the indices really read and the errors of `decode_batch`; `note` reports these errors."
-        with quiet_pillow():
-            return decode_batch(self.source, indices.tolist(), self.shape, self.size, self.broken.limit)
+        return decode_batch(self.source, indices.tolist(), self.shape, self.size, self.broken.limit)
 
     def note(self, errors: dict[int, str]) -> None:
         "Record images that cannot be used, and warn of each that is new; beyond the limit raise `ValueError`."
@@ -178,12 +178,12 @@ class StoredImages:
         self.note(errors)
         return pixels
 
-# %% ../nbs/15_loading.ipynb #22
+# %% ../nbs/15_loading.ipynb #21
 def report(images: Images | StoredImages, source: ImageSource, broken: BrokenImages) -> Images | StoredImages:
     "Return `images`, after one warning of all that is not read of their `source`, or looks wrong."
     notes = source.left_out.notes
     if broken.deep:
-        sample = torch.arange(0, len(images), math.ceil(len(images) / 16), device="cpu")
+        sample = as_indices(range(0, len(images), math.ceil(len(images) / 16)), len(images))
         top = int((images.pixels if isinstance(images, Images) else images.try_read(sample)[0]).max())
         if top < 128:
             notes.append(
@@ -206,7 +206,7 @@ def load_source(
         images = decode_all(sound, shape, size, broken, progress) if fits else StoredImages(sound, shape, size, broken)
     return report(images, source, broken)
 
-# %% ../nbs/15_loading.ipynb #24
+# %% ../nbs/15_loading.ipynb #23
 def load_stream(
     source: ImageTable, size, n: int | None, max_broken: int | None, memory: int | None, progress: bool
 ) -> Images:
@@ -239,7 +239,7 @@ def load_stream(
     images = Images(torch.from_numpy(pixels), column_labels(labels), source.name, source.classes)
     return report(images, source, broken)
 
-# %% ../nbs/15_loading.ipynb #28
+# %% ../nbs/15_loading.ipynb #25
 def load_images(
     source: str | os.PathLike = "digits", size: int | tuple[int, int] | None = None, *, split: str | None = None,
     stream: bool = False, n: int | None = None, max_broken: int | None = None, memory: int | None = None,
@@ -276,7 +276,7 @@ def load_images(
     encoded = encoded if n is None or n >= len(encoded) else encoded.select(range(n))
     return load_source(encoded, size, max_broken, memory, progress)
 
-# %% ../nbs/15_loading.ipynb #31
+# %% ../nbs/15_loading.ipynb #28
 def check_collection(images: object) -> None:
     "Raise `ValueError` unless `images` are `Images` or `StoredImages`."
     if not isinstance(images, Images | StoredImages):
@@ -298,7 +298,7 @@ def load_images_once(data: str, size: int | None, split: str | None, stream: boo
     with this_process().local_main_process_first():
         return load_images(data, size, split=split, stream=stream, progress=progress and is_main_process())
 
-# %% ../nbs/15_loading.ipynb #34
+# %% ../nbs/15_loading.ipynb #31
 class BatchOrder:
     """The order of `n` images in an endless stream, epoch after epoch, cut into batches for one of several processes.
 
@@ -328,7 +328,7 @@ class BatchOrder:
             entry += len(parts[-1])
         return torch.cat(parts)
 
-# %% ../nbs/15_loading.ipynb #40
+# %% ../nbs/15_loading.ipynb #35
 @dataclass
 class BatchReader(torch.utils.data.Dataset):
     "A worker's part: read the images of a batch's entries; see `StoredImages.try_read`."
@@ -344,7 +344,7 @@ class BatchReader(torch.utils.data.Dataset):
             parts = tuple(part.share_memory_() for part in parts)
         return *parts, errors
 
-
+# %% ../nbs/15_loading.ipynb #36
 class BatchMaker:
     "The making of a batch from its entries: pixels from the device, or read; with labels, where they are wanted."
 
@@ -371,7 +371,7 @@ class BatchMaker:
             return self.finish(self.pixels[entries % n], entries % n, entries >= n, {})
         return self.finish(*BatchReader(self.images)[entries])
 
-# %% ../nbs/15_loading.ipynb #42
+# %% ../nbs/15_loading.ipynb #39
 WORKER_SECONDS = 300.0  # a batch that takes longer will never come
 
 
@@ -407,7 +407,7 @@ def read_ahead(batches: "ImageBatches") -> Iterator:
             done += 1
     yield from map(batches.batch, itertools.count(done))
 
-# %% ../nbs/15_loading.ipynb #43
+# %% ../nbs/15_loading.ipynb #40
 class ImageBatches(BatchOrder, BatchMaker):
     """An endless stream of batches (batch_size, c, h, w) in [-1, 1] on `device`; with `labels`, of pairs (x, y).
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -29,7 +30,7 @@ from ddpm_lit.files import as_path, printable, read_json
 from ddpm_lit.images import NAMED, as_indices
 from ddpm_lit.processes import available_cores, progress_bar
 
-# %% ../nbs/14_sources.ipynb #9
+# %% ../nbs/14_sources.ipynb #10
 CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by operating systems: not even counted
 
 
@@ -57,7 +58,7 @@ def entry_kind(entry: os.DirEntry) -> str:
     except OSError:
         return "file"
 
-# %% ../nbs/14_sources.ipynb #789e2ff3
+# %% ../nbs/14_sources.ipynb #12
 def scan_folder(root: Path) -> tuple[list[str], LeftOut]:
     "Return the files below `root`, as sorted relative paths with `/`, and what is left out of them; see `LeftOut`."
     files, left_out, folders, links, seen = [], LeftOut(), [""], [], set()
@@ -91,7 +92,7 @@ def scan_folder(root: Path) -> tuple[list[str], LeftOut]:
                 (links if entry.is_symlink() else folders).append(name + "/")
     return sorted(files), left_out
 
-# %% ../nbs/14_sources.ipynb #12
+# %% ../nbs/14_sources.ipynb #15
 SPLITS = {word: word for word in ("train", "test", "validation")}
 SPLITS |= {"training": "train", "testing": "test", "val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -114,7 +115,7 @@ def split_folder(path: str) -> tuple[str | None, str]:
                 return SPLITS[word], folder
     return None, ""
 
-# %% ../nbs/14_sources.ipynb #14
+# %% ../nbs/14_sources.ipynb #17
 def choose_split(root: Path, splits: dict[str, str | None], split: str | None, left_out: LeftOut) -> list[str]:
     """Return the paths of `split` (None: train), where `splits` has the split that each path names, or None.
 
@@ -135,7 +136,7 @@ def choose_split(root: Path, splits: dict[str, str | None], split: str | None, l
         left_out.add(f"file(s) beside the split {wanted}", path)
     return [path for path, name in splits.items() if name == wanted]
 
-# %% ../nbs/14_sources.ipynb #23
+# %% ../nbs/14_sources.ipynb #20
 class ImageSource(ABC):
     """A source is an indexed collection of encoded images; each has a name for error messages.
 
@@ -154,7 +155,7 @@ class ImageSource(ABC):
     def select(self, indices: Sequence[int]) -> "ImageSource":
         "Return the source of the images at `indices`, in this order."
 
-# %% ../nbs/14_sources.ipynb #27
+# %% ../nbs/14_sources.ipynb #24
 @dataclass(frozen=True, eq=False)
 class ImageFiles(ImageSource):
     "Image files, named by their paths below `root`, with `/` between the parts on every machine."
@@ -183,7 +184,7 @@ class ImageFiles(ImageSource):
         paths = tuple(self.paths[i] for i in indices)
         return ImageFiles(self.root, paths, self.name, labels, self.classes, self.left_out)
 
-# %% ../nbs/14_sources.ipynb #30
+# %% ../nbs/14_sources.ipynb #27
 def image_folder(root: Path, split: str | None = None, scan: tuple[list[str], LeftOut] | None = None) -> ImageFiles:
     """Return the images of a `split` in the folder `root` and below; if all are in sub-folders, these are classes.
 
@@ -211,10 +212,10 @@ def image_folder(root: Path, split: str | None = None, scan: tuple[list[str], Le
     if None in parts or len(set(parts)) < 2:
         return ImageFiles(root, tuple(paths), printable(name), left_out=left_out)
     folders = sorted(set(parts))
-    labels = torch.tensor([folders.index(part) for part in parts], device="cpu")
+    labels = torch.from_numpy(np.array([folders.index(part) for part in parts], np.int64))
     return ImageFiles(root, tuple(paths), printable(name), labels, tuple(map(printable, folders)), left_out)
 
-# %% ../nbs/14_sources.ipynb #33
+# %% ../nbs/14_sources.ipynb #30
 def check_one_size(source: ImageSource, i: int, size: Sequence[int], expected: Sequence[int]) -> None:
     "Raise `ValueError`, with the remedy, where the `size` of image i, (height, width), is not that of those before it."
     if tuple(size) != tuple(expected):
@@ -243,7 +244,7 @@ def map_images(
             bar.update()
             yield result
 
-# %% ../nbs/14_sources.ipynb #39
+# %% ../nbs/14_sources.ipynb #33
 def import_datasets():
     "Import `datasets` without its ipywidgets warning; `ImportError` with the line to install it where it is missing."
     try:
@@ -272,7 +273,7 @@ def quiet_datasets(progress: bool):
         for name, level in zip(loggers, levels, strict=True):
             logging.getLogger(name).setLevel(level)
 
-# %% ../nbs/14_sources.ipynb #41
+# %% ../nbs/14_sources.ipynb #35
 def load_table(what: str, split: str, stream: bool, progress: bool, *args, **options):
     "Return `datasets.load_dataset(*args, …)`; raise a `ValueError` of one line, which names `what`, where that fails."
     with quiet_datasets(progress) as datasets:
@@ -299,7 +300,7 @@ def find_columns(name: str, features) -> tuple[str, str | None]:
     labels = [key for key in ("label", "labels", "fine_label") if key in features] + classed
     return images[0], labels[0] if labels else None
 
-# %% ../nbs/14_sources.ipynb #45
+# %% ../nbs/14_sources.ipynb #39
 def open_cell(cell) -> io.IOBase:
     "Open an encoded image in a table: bytes, or a dict with bytes or with the path of a file."
     cell = cell if isinstance(cell, dict) else {"bytes": cell}
@@ -314,30 +315,29 @@ def column_labels(values: Iterable) -> Int64[Tensor, "n"] | None:
     "Return the labels as a tensor, or None unless all are integers."
     values = list(values)
     integers = all(type(value) is int and -(2**63) <= value < 2**63 for value in values)
-    return torch.tensor(values, dtype=torch.int64, device="cpu") if integers else None
+    return torch.from_numpy(np.array(values, np.int64)) if integers else None
 
-# %% ../nbs/14_sources.ipynb #47
+# %% ../nbs/14_sources.ipynb #41
 class ImageTable(ImageSource):
     "The images in a table of `datasets`, one in each row. Raises `ValueError` as `find_columns` does."
 
     def __init__(self, table, name: str, left_out: LeftOut | None = None):
-        datasets = import_datasets()
+        datasets, self.left_out = import_datasets(), LeftOut() if left_out is None else left_out
         try:
             features = table.features or table._resolve_features().features
         except Exception as error:
             raise ValueError(f"{name}: its columns cannot be read: {error_reason(error)}") from None
         self.column, self.label_column = find_columns(name, features)
-        self.name, self.left_out = name, LeftOut() if left_out is None else left_out
-        kind = features.get(self.label_column)
+        self.name, kind = name, features.get(self.label_column)
         self.classes = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
         if isinstance(features[self.column], datasets.Image):
             table = table.cast_column(self.column, datasets.Image(decode=False))
-        self.table = table.select_columns([self.column] + [self.label_column] * (self.label_column is not None))
+        self.table = table.select_columns([self.column, *filter(None, [self.label_column])])
 
     @functools.cached_property
     def labels(self) -> Int64[Tensor, "n"] | None:
         "The labels, where there are any."
-        return None if self.label_column is None else column_labels(self.table[self.label_column])
+        return column_labels(self.table[self.label_column]) if self.label_column else None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -358,7 +358,7 @@ class ImageTable(ImageSource):
     def select(self, indices: Sequence[int]) -> "ImageTable":
         return ImageTable(self.table.select(indices), self.name, self.left_out)
 
-# %% ../nbs/14_sources.ipynb #51
+# %% ../nbs/14_sources.ipynb #45
 def parquet_files(root: Path, split: str | None, scan: tuple[list[str], LeftOut] | None = None) -> list[str]:
     "Return the parquet files below a folder, those of `split` where their names tell; see `choose_split`."
     files, left_out = scan or scan_folder(root)
@@ -374,7 +374,7 @@ def check_split(path: Path | str, split: str | None) -> None:
     if wanted not in ("train", split_of(Path(path).name)):
         raise ValueError(f"split must be train, or left out, for {printable(path)}, which is one set; got {split!r}")
 
-# %% ../nbs/14_sources.ipynb #53
+# %% ../nbs/14_sources.ipynb #47
 def open_local(path: Path, split: str | None, stream: bool, progress: bool) -> ImageSource:
     "Return the source for a folder of images or of parquet files, or for one parquet file; `ValueError` for others."
     scan = ([], LeftOut())
@@ -400,7 +400,7 @@ def open_local(path: Path, split: str | None, stream: bool, progress: bool) -> I
     table = load_table(what, "train", stream, progress, "parquet", data_files={"train": files})
     return ImageTable(table, printable(path.resolve().stem), scan[1])
 
-# %% ../nbs/14_sources.ipynb #56
+# %% ../nbs/14_sources.ipynb #50
 HUB = {
     "mnist": "ylecun/mnist",
     "fashion_mnist": "zalando-datasets/fashion_mnist",

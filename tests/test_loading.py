@@ -611,15 +611,14 @@ class Failing(Images):
 @pytest.mark.parametrize("how", ["exit", "bus error", "memory", "shm", "sleep"])
 def test_workers_that_die_or_cannot_allocate_cost_nothing_but_time(monkeypatch, how):
     monkeypatch.setattr(Failing, "how", how), monkeypatch.setattr(loading, "WORKER_SECONDS", 1.0)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     images = load_images("digits", n=50)
     options = dict(seed=2, flip=True, start=30, labels=True)
     wanted = first_batches(ImageBatches(images, 16, **options), 5)
     failing = ImageBatches(Failing(images.pixels, images.labels), 16, **options, workers=1, resident=False)
     with pytest.warns(UserWarning, match="workers failed: [^\n]*; this process reads on.*workers=0") as caught:
         result = first_batches(failing, 5)
-    assert len(caught) == 1 and all(
-        torch.equal(a, b) for x, y in zip(result, wanted, strict=True) for a, b in zip(x, y)
-    )
+    assert len(caught) == 1 and same(result, wanted)
 
 
 @pytest.mark.parametrize("error", [OSError(11, "Resource temporarily unavailable"), ImportError("no semaphores")])
@@ -633,6 +632,7 @@ def test_workers_that_cannot_start_cost_nothing_but_time(monkeypatch, error):
 
 def test_a_worker_that_dies_later_is_taken_over_where_it_stopped(monkeypatch):
     monkeypatch.setattr(Failing, "how", "late")
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     calls = itertools.count()
     monkeypatch.setattr(Failing, "try_read", lambda self, i: os._exit(1) if (
         torch.utils.data.get_worker_info() and next(calls) == 3) else Images.try_read(self, i))  # fmt: skip
