@@ -207,7 +207,7 @@ def quiet_pillow():
 # %% ../nbs/14_decoding.ipynb #29
 @dataclass
 class LeftOut:
-    "What lies in a source and is not read: `counts` by kind and name; and `notes`, sentences on how it was read."
+    "Everything in a source that is not read: `counts` by kind and name; and `notes`, sentences on how it was read."
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

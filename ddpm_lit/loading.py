@@ -375,7 +375,7 @@ class BatchMaker:
 WORKER_SECONDS = 300.0  # a batch that takes longer will never come
 
 
-def batches_of_workers(batches: "ImageBatches") -> Iterator:
+def _batches_of_workers(batches: "ImageBatches") -> Iterator:
     "Yield what `BatchReader` returns for one batch after the other, read ahead by worker processes."
     loader = torch.utils.data.DataLoader(
         BatchReader(batches.images),
@@ -393,7 +393,7 @@ def batches_of_workers(batches: "ImageBatches") -> Iterator:
 
 def read_ahead(batches: "ImageBatches") -> Iterator:
     "Yield the batches, read ahead by worker processes; where these fail, warn once and read on in this process."
-    workers, done = batches_of_workers(batches) if batches.workers else None, 0
+    workers, done = _batches_of_workers(batches) if batches.workers else None, 0
     while workers:
         try:
             parts = next(workers)

@@ -9,6 +9,7 @@ __all__ = []
 import contextlib
 import difflib
 import functools
+import glob
 import io
 import logging
 import os
@@ -384,9 +385,7 @@ def open_local(path: Path, split: str | None, stream: bool, progress: bool) -> I
         scan = scan_folder(path)
         tables = any(name.lower().endswith(".parquet") for name in scan[0])
         if tables and any(name.lower().endswith(SUFFIXES) for name in scan[0]):
-            raise ValueError(
-                f"{printable(path)} holds images and parquet files: pass a folder in it that holds one kind"
-            )
+            raise ValueError(f"{printable(path)} holds images and parquet files: pass a folder that holds one kind")
         if not tables:
             return image_folder(path, split, scan)
         files = parquet_files(path, split, scan)
@@ -397,7 +396,7 @@ def open_local(path: Path, split: str | None, stream: bool, progress: bool) -> I
         suffixes = "a folder, or a file that ends in .npy, .npz or .parquet"
         raise ValueError(f"source must be {suffixes}; got {printable(path)!r}")
     what = f"source {printable(path)!r}"
-    table = load_table(what, "train", stream, progress, "parquet", data_files={"train": files})
+    table = load_table(what, "train", stream, progress, "parquet", data_files={"train": list(map(glob.escape, files))})
     return ImageTable(table, printable(path.resolve().stem), scan[1])
 
 # %% ../nbs/14_sources.ipynb #50

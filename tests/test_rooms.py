@@ -148,7 +148,12 @@ PRIVATE = set(
     "law laws deviation deviations share shares shelf shelves turn turns way ways pile piles told asked found kept "
     "stretch noting said draft drafts whole plainly frugally".split()
 )
-NOT_OURS = {"found_inf", "share_memory_", "FileNotFoundError", "LocalEntryNotFoundError"}  # of torch, Python and the Hub
+NOT_OURS = {
+    "found_inf",
+    "share_memory_",
+    "FileNotFoundError",
+    "LocalEntryNotFoundError",
+}  # of torch, Python and the Hub
 
 
 def identifiers(source: str) -> set[str]:

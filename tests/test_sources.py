@@ -562,6 +562,15 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert len(load_images("~/photos")) == 2 and len(load_images("~/a.npy")) == 5
 
 
+@pytest.mark.parametrize("name", ["data [v2]", "a*b", "q?", os.fsdecode(b"K\xf6nig")])
+def test_a_folder_of_tables_may_have_any_name(hf, tmp_path, name):
+    image_table(hf).to_parquet(tmp_path / "a[1].parquet")
+    (tmp_path / name).mkdir()
+    (tmp_path / "a[1].parquet").rename(tmp_path / name / "a[1].parquet")
+    for source in (tmp_path / name, tmp_path / name / "a[1].parquet"):
+        assert np.array_equal(load_images(source).pixels[:, 0], FASHION)
+
+
 def test_a_column_of_labels_that_are_none_is_said(hf, tmp_path):
     image_table(hf, names=None).cast_column("label", hf.Value("string")).to_parquet(tmp_path / "a.parquet")
     with pytest.warns(UserWarning, match="a: the column label holds no whole numbers: the images have no labels"):
