@@ -601,7 +601,7 @@ class Failing(Images):
             if self.how == "exit":
                 os._exit(1)
             elif self.how == "sleep":
-                time.sleep(60)
+                time.sleep(3)
             elif self.how == "bus error":
                 os.kill(os.getpid(), signal.SIGBUS)
             raise {"memory": MemoryError(), "shm": RuntimeError("unable to allocate\nNo space left")}[self.how]
