@@ -160,22 +160,23 @@ def check_unambiguous(shape: tuple[int, int, int]) -> None:
     "Raise `ValueError` for a `shape` (n, h, w) that may as well be one image with its channels last, or first."
     a, b, c = shape
     last = c in (1, 3) or (c == 4 and min(a, b) >= 16)
-    if last or a == 3:
+    if last or (a == 3 and min(b, c) >= 16):
         one = (1, a, b, min(c, 3)) if last else (1, a, b, c)
         several = f"{(a, b, c, 1)}, if they are {a} in grey"
         raise ValueError(f"images must be {one}, if they are one image, or {several}; got {shape}, which may be either")
 
 
-def channels_first(array: np.ndarray) -> UInt8[Tensor, "n c h w"]:
+def channels_first(array: np.ndarray, n: int | None = None) -> UInt8[Tensor, "n c h w"]:
     """Return a uint8 array (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels, as a tensor (n, c, h, w).
 
-    Raises `ValueError` for any other, and where the axis of the channels could be either of two.
+    Raises `ValueError` for any other, and where the axis of the channels could be either of two. `n`: the number of
+    labels, where there are any, which tells images from channels.
     """
     first, last = (array.ndim == 4 and array.shape[axis] in (1, 3) for axis in (1, 3))
     if array.dtype != np.uint8 or not (array.ndim == 3 or first != last):
         layouts = "(n, h, w), (n, h, w, c) or (n, c, h, w), with c = 1 or 3 on one side only"
         raise ValueError(f"images must be uint8 {layouts}; got {array.dtype} {array.shape}")
-    if array.ndim == 3:
+    if array.ndim == 3 and n != len(array):
         check_unambiguous(array.shape)
     pattern = "n h w -> n 1 h w" if array.ndim == 3 else "n c h w -> n c h w" if first else "n h w c -> n c h w"
     return torch.from_numpy(np.ascontiguousarray(rearrange(array, pattern)))
@@ -199,7 +200,8 @@ def load_array(path: Path) -> Images:
         if labels is not None and (labels.dtype.kind not in "iu" or (labels.size and labels.max() > 2**63 - 1)):
             raise ValueError(f"labels must be integers of 64 bits, got {labels.dtype}")
         labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-        return Images(channels_first(arrays["images"]), labels, printable(path.stem))
+        n = len(labels) if labels is not None and labels.ndim else None
+        return Images(channels_first(arrays["images"], n), labels, printable(path.stem))
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
 
