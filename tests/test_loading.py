@@ -38,6 +38,8 @@ from ddpm_lit.images import Images, choose_residence, to_pixels
 from ddpm_lit.loading import ImageBatches, StoredImages, data_digest, load_images
 from ddpm_lit.sources import image_folder
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits for a worker which is gone
+
 
 @pytest.fixture
 def zoo(tmp_path):
@@ -611,7 +613,6 @@ class Failing(Images):
 @pytest.mark.parametrize("how", ["exit", "bus error", "memory", "shm", "sleep"])
 def test_workers_that_die_or_cannot_allocate_cost_nothing_but_time(monkeypatch, how):
     monkeypatch.setattr(Failing, "how", how), monkeypatch.setattr(loading, "WORKER_SECONDS", 1.0)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     images = load_images("digits", n=50)
     options = dict(seed=2, flip=True, start=30, labels=True)
     wanted = first_batches(ImageBatches(images, 16, **options), 5)
@@ -632,7 +633,6 @@ def test_workers_that_cannot_start_cost_nothing_but_time(monkeypatch, error):
 
 def test_a_worker_that_dies_later_is_taken_over_where_it_stopped(monkeypatch):
     monkeypatch.setattr(Failing, "how", "late")
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     calls = itertools.count()
     monkeypatch.setattr(Failing, "try_read", lambda self, i: os._exit(1) if (
         torch.utils.data.get_worker_info() and next(calls) == 3) else Images.try_read(self, i))  # fmt: skip
