@@ -64,19 +64,21 @@ _MOVED = {
         open_run=load_run read_weights save_ddpm scheduler_config word_for=first_key
     """,
     "images": """
-        draw_way=record_trajectory image_grid outline=describe_images
+        NAMED amount=format_bytes channels_first draw_way=record_trajectory finished=to_batch image_grid load_array
+        load_digits load_mnist5k outline=describe_images residence=choose_residence whole_numbers=load_array
+    """,
+    "decoding": """
+        Broken=BrokenImages FORMATS SUFFIXES decoded=decode_image eight_bits=to_uint8 first_images header=read_header
+        opened=open_image planes=to_planes reason=error_reason resized=crop_and_resize
     """,
     "sources": """
-        Broken=BrokenImages FORMATS Files=ImageFiles HUB NAMED Rows=ImageTable SPLITS SUFFIXES channels_first
-        decoded=decode_image eight_bits=to_uint8 header=read_header hub_shelf=open_hub image_folder load_array
-        load_digits load_mnist5k local_shelf=open_local need_datasets=import_datasets open_cell opened=open_image
-        parquet_files paths_below=find_files quiet_datasets reason=error_reason resized=crop_and_resize split_of
-        table_of=load_table whole_labels=column_labels whole_numbers=load_array
+        Files=ImageFiles HUB Rows=ImageTable SPLITS attempts=map_images hub_shelf=open_hub image_folder
+        local_shelf=open_local need_datasets=import_datasets need_one_size=check_one_size open_cell parquet_files
+        paths_below=scan_folder quiet_datasets split_of table_of=load_table whole_labels=column_labels
     """,
     "loading": """
-        StoredImages Turns=BatchReader amount=format_bytes attempts=map_images data_digest fetched=load_images_once
-        finished=to_batch first_images into_memory=decode_all load_shelf=load_source load_stream loaded=read_ahead
-        need_one_size=check_one_size planes=to_planes residence=choose_residence survey
+        StoredImages Turns=BatchReader data_digest fetched=load_images_once into_memory=decode_all
+        load_shelf=load_source load_stream loaded=read_ahead survey
     """,
     "trainer": """
         OBJECTIVES PASSING=check_same_model RunLog=TrainingLog advice=error_advice check_config ema_update

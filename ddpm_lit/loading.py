@@ -5,73 +5,61 @@
 # %% auto #0
 __all__ = ['load_images', 'ImageBatches']
 
-# %% ../nbs/15_loading.ipynb #8
+# %% ../nbs/15_loading.ipynb #6
 import functools
 import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int64, UInt8
+from einops import repeat
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from ddpm_lit.files import digest
-from ddpm_lit.images import Images, describe_images, to_network
+# %% ../nbs/15_loading.ipynb #9
+from ddpm_lit.decoding import (
+    BrokenImages,
+    as_size,
+    decode_image,
+    error_reason,
+    first_images,
+    quiet_pillow,
+    read_header,
+    to_planes,
+)
+from ddpm_lit.files import as_path, digest, printable
+from ddpm_lit.forward import as_integer
+from ddpm_lit.images import (
+    NAMED,
+    Images,
+    as_indices,
+    choose_residence,
+    describe_images,
+    describe_value,
+    format_bytes,
+    load_array,
+    to_batch,
+)
 from ddpm_lit.processes import available_cores, free_memory, is_main_process, progress_bar, this_process
 from ddpm_lit.sources import (
-    NAMED,
-    BrokenImages,
     ImageFiles,
     ImageSource,
     ImageTable,
+    check_one_size,
+    check_split,
     column_labels,
-    crop_and_resize,
-    decode_image,
-    error_reason,
-    load_array,
+    map_images,
+    name_clash,
     open_cell,
     open_hub,
     open_local,
-    read_header,
 )
 
-# %% ../nbs/15_loading.ipynb #9
-def map_images(
-    call: Callable, source: ImageSource, indices: Sequence[int], progress: bool = False
-) -> Iterator[tuple[int, object]]:
-    "Yield each i of `indices`, in order, with `call(file)` of image i or the exception that it raises; uses threads."
-
-    def attempt(i):
-        try:
-            with source.open(i) as file:
-                return i, call(file)
-        except Exception as error:  # whatever a decoder stumbles over
-            return i, error
-
-    bar = progress_bar(disable=not progress, desc=source.name, total=len(indices), unit="img")
-    with ThreadPool(min(8, available_cores())) as pool, bar:
-        for result in pool.imap(attempt, indices, chunksize=16):
-            bar.update()
-            yield result
-
-# %% ../nbs/15_loading.ipynb #11
-def check_one_size(source: ImageSource, i: int, size: Sequence[int], expected: Sequence[int]) -> None:
-    "Raise `ValueError`, with the remedy, where the `size` of image i, (height, width), is not that of those before it."
-    if tuple(size) != tuple(expected):
-        (h, w), (first_h, first_w) = size, expected
-        raise ValueError(
-            f"{source.name}: {source.name_of(i)} is {h}×{w}, the images before it are {first_h}×{first_w}; "
-            "size= in Python or --size crops and resizes all images to one size"
-        )
-
-
+# %% ../nbs/15_loading.ipynb #10
 def survey(
     source: ImageSource, size: tuple[int, int] | None, broken: BrokenImages
 ) -> tuple[ImageSource, tuple[int, int, int]]:
@@ -83,21 +71,19 @@ def survey(
             broken.add(source.name_of(i), error_reason(header))
             missing.add(i)
             continue
-        expected = expected or header[1]
+        expected = expected or header.size
         if size is None:
-            check_one_size(source, i, header[1], expected)
-        channels = max(channels, header[0])
+            check_one_size(source, i, header.size, expected)
+        channels = max(channels, header.channels)
+        broken.deep |= header.deep
+        if header.pages > 1:
+            source.left_out.add("further page(s)", source.name_of(i), header.pages - 1)
     if len(missing) == len(sampled):
         raise ValueError(f"{source.name} holds no image that can be read" + (f": {broken}" if missing else ""))
     remaining = source.select([i for i in range(n) if i not in missing]) if missing else source
     return remaining, (channels, *expected)
 
-# %% ../nbs/15_loading.ipynb #13
-def to_planes(array: UInt8[np.ndarray, "h w *rgb"], c: int) -> UInt8[np.ndarray, "c h w"]:
-    "Return a decoded picture with its channels in front; a grey one is repeated where `c` is 3."
-    return rearrange(array, "h w c -> c h w") if array.ndim == 3 else repeat(array, "h w -> c h w", c=c)
-
-
+# %% ../nbs/15_loading.ipynb #12
 def decode_all(
     source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages, progress: bool = False
 ) -> Images:
@@ -114,10 +100,10 @@ def decode_all(
         decoded.append(i)
     if not decoded:
         raise ValueError(f"{source.name} holds no image that can be read: {broken}")
-    labels = None if source.labels is None else source.labels[torch.tensor(decoded)]
+    labels = None if source.labels is None else source.labels[as_indices(decoded, len(source))]
     return Images(torch.from_numpy(pixels[: len(decoded)]), labels, source.name, source.classes)
 
-# %% ../nbs/15_loading.ipynb #16
+# %% ../nbs/15_loading.ipynb #15
 def decode_like(source: ImageSource, i: int, shape: tuple[int, int, int], size) -> UInt8[np.ndarray, "c h w"]:
     "Decode image i of the source to `shape`, (c, h, w); raise `ValueError` where it has another size, or colour."
     with source.open(i) as file:
@@ -130,6 +116,7 @@ def decode_like(source: ImageSource, i: int, shape: tuple[int, int, int], size) 
     return to_planes(array, c)
 
 
+@quiet_pillow()
 def decode_batch(
     source: ImageSource, indices: list[int], shape: tuple[int, int, int], size, limit: int
 ) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, "b"], dict[int, str]]:
@@ -138,7 +125,7 @@ def decode_batch(
     Returns the pixels, the indices of the images that they are, and the reasons by index of those that cannot be used;
     once these are more than `limit`, the rest is not decoded.
     """
-    pixels, used, errors = np.zeros((len(indices), *shape), np.uint8), list(indices), {}
+    pixels, used, errors = np.zeros((len(indices), *shape), np.uint8), np.array(indices, np.int64), {}
     for k, first in enumerate(indices):
         for i in itertools.chain(range(first, len(source)), range(first)):
             try:
@@ -148,14 +135,13 @@ def decode_batch(
                 errors[i] = error_reason(error)
         if len(errors) > limit:
             break
-    return torch.from_numpy(pixels), torch.tensor(used, dtype=torch.int64), errors
+    return torch.from_numpy(pixels), torch.from_numpy(used), errors
 
-# %% ../nbs/15_loading.ipynb #18
+# %% ../nbs/15_loading.ipynb #17
 class StoredImages:
     """Images that stay encoded in their `source`, and are decoded to `shape`, (c, h, w), when they are read.
 
-    An image that cannot be used (see `decode_like`) is replaced by the next that can, with a warning that names it;
-    reading raises `ValueError` where these are more than `broken.limit`.
+    One that cannot be used is replaced by the next that can, with a warning; ValueError beyond `broken.limit` of them.
     """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages):
@@ -171,7 +157,8 @@ class StoredImages:
 
     def select(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> "StoredImages":
         "Return the images at `indices`, in this order, with their labels."
-        return StoredImages(self.source.select(torch.as_tensor(indices).tolist()), self.shape, self.size, self.broken)
+        source = self.source.select(as_indices(indices, len(self), least=1).tolist())
+        return StoredImages(source, self.shape, self.size, self.broken)
 
     def try_read(self, indices: Int64[Tensor, "b"]) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, "b"], dict]:
         "Return the pixels, the indices really read and the errors of `decode_batch`; `note` reports these errors."
@@ -187,24 +174,39 @@ class StoredImages:
 
     def read(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> UInt8[Tensor, "b c h w"]:
         "Return the pixels of the images at `indices`."
-        pixels, _, errors = self.try_read(torch.as_tensor(indices))
+        pixels, _, errors = self.try_read(as_indices(indices, len(self)))
         self.note(errors)
         return pixels
 
-# %% ../nbs/15_loading.ipynb #22
+# %% ../nbs/15_loading.ipynb #21
+def report(images: Images | StoredImages, source: ImageSource, broken: BrokenImages) -> Images | StoredImages:
+    "Return `images`, after one warning of all that is not read of their `source`, or looks wrong."
+    notes = source.left_out.notes
+    if broken.deep:
+        sample = as_indices(range(0, len(images), math.ceil(len(images) / 16)), len(images))
+        top = int((images.pixels if isinstance(images, Images) else images.try_read(sample)[0]).max())
+        if top < 128:
+            notes.append(
+                f"nothing is brighter than {top} of 255: the files have 16 bits, and use fewer; scale them first"
+            )
+    if isinstance(source, ImageTable) and source.label_column and images.labels is None:
+        notes.append(f"the column {source.label_column} holds no whole numbers: the images have no labels")
+    broken.warn(source.left_out)
+    return images
+
+
 def load_source(
     source: ImageSource, size, max_broken: int | None, memory: int | None, progress: bool
 ) -> Images | StoredImages:
     "Return the images of a source: in memory where they take no more than `memory` bytes, else stored."
-    limit = max(10, len(source) // 100) if max_broken is None else max_broken
-    broken = BrokenImages(source.name, limit)
-    source, shape = survey(source, size, broken)
-    fits = len(source) * math.prod(shape) <= (free_memory() // 2 if memory is None else memory)
-    images = decode_all(source, shape, size, broken, progress) if fits else StoredImages(source, shape, size, broken)
-    broken.warn("left out")
-    return images
+    broken = BrokenImages(source.name, max(10, len(source) // 100) if max_broken is None else max_broken)
+    with quiet_pillow():
+        sound, shape = survey(source, size, broken)
+        fits = len(sound) * math.prod(shape) <= (free_memory() // 2 if memory is None else memory)
+        images = decode_all(sound, shape, size, broken, progress) if fits else StoredImages(sound, shape, size, broken)
+    return report(images, source, broken)
 
-# %% ../nbs/15_loading.ipynb #24
+# %% ../nbs/15_loading.ipynb #23
 def load_stream(
     source: ImageTable, size, n: int | None, max_broken: int | None, memory: int | None, progress: bool
 ) -> Images:
@@ -217,11 +219,13 @@ def load_stream(
             broken.limit = max(10, (n or i) // 100) if max_broken is None else max_broken
             try:
                 with open_cell(row[source.column]) as file:
+                    header = read_header(file)
                     arrays.append(decode_image(file, size))
             except Exception as error:  # whatever a decoder stumbles over
                 broken.add(source.name_of(i), error_reason(error))
                 continue
             check_one_size(source, i, arrays[-1].shape[:2], arrays[0].shape[:2])
+            broken.deep |= header.deep
             labels.append(row.get(source.label_column))
             if len(arrays) * arrays[-1].nbytes > memory:
                 limit = f"more than {len(arrays) - 1} images do not fit in memory"
@@ -230,31 +234,14 @@ def load_stream(
                 break
     if not arrays:
         raise ValueError(f"{source.name} holds no image that can be read" + (f": {broken}" if broken.reasons else ""))
-    broken.warn("left out")
     channels = max(1 if array.ndim == 2 else 3 for array in arrays)
     pixels = np.stack([to_planes(array, channels) for array in arrays])
-    return Images(torch.from_numpy(pixels), column_labels(labels), source.name, source.classes)
+    images = Images(torch.from_numpy(pixels), column_labels(labels), source.name, source.classes)
+    return report(images, source, broken)
 
-# %% ../nbs/15_loading.ipynb #26
-def check_at_least(least: int, **values: int | None) -> None:
-    "Raise `ValueError`, with its name, for the first value below `least`; None passes."
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def first_images(images: Images, size: tuple[int, int] | None, n: int | None) -> Images:
-    "Return the first `n` images (None: all), cropped and resized to `size` as `load_images` does it."
-    pixels = images.pixels[:n]
-    if size is not None and images.shape[1:] != size:
-        arrays = [p[0] if len(p) == 1 else rearrange(p, "c h w -> h w c") for p in pixels.numpy()]
-        planes = [to_planes(crop_and_resize(array, size), images.shape[0]) for array in arrays]
-        pixels = torch.from_numpy(np.stack(planes))
-    return Images(pixels, None if images.labels is None else images.labels[:n], images.name, images.classes)
-
-# %% ../nbs/15_loading.ipynb #28
+# %% ../nbs/15_loading.ipynb #25
 def load_images(
-    source: str | os.PathLike = "digits", size: int | tuple[int, int] | None = None, *, split: str = "train",
+    source: str | os.PathLike = "digits", size: int | tuple[int, int] | None = None, *, split: str | None = None,
     stream: bool = False, n: int | None = None, max_broken: int | None = None, memory: int | None = None,
     progress: bool = False,
 ) -> Images | StoredImages:  # fmt: skip
@@ -263,35 +250,55 @@ def load_images(
     `source`: digits, mnist5k; a folder of images, whose sub-folders are classes; a .npy, .npz or .parquet file; a
     folder of parquet files; mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub.
     `size`: crop to the centre and resize to this height and width. `split`: the part of a Hub data set, or of a folder
-    that has several. `stream`: read tables row by row, without a copy on disk. `n`: only the first n images.
-    `max_broken`: images that may be broken and left out; by default one in a hundred, and at least 10. `memory`: bytes
-    that the pixels may take; by default half of what is free. Raises `ValueError` naming what is wrong.
+    that has several; by default train. `stream`: read tables row by row, without a copy on disk. `n`: only the first n
+    images. `max_broken`: images that may be broken and left out; by default one in a hundred, and at least 10.
+    `memory`: bytes that the pixels may take; by default half of what is free. One warning counts all that is not read.
+    Raises `ValueError` naming what is wrong.
     """
-    size = (size, size) if isinstance(size, int) else size
-    check_at_least(1, size=size and min(size), n=n)
-    check_at_least(0, max_broken=max_broken)
-    path, text = Path(source), str(source)
-    if text in NAMED or path.suffix in (".npy", ".npz"):
-        return first_images(NAMED[text]() if text in NAMED else load_array(path), size, n)
-    encoded = open_local(path, split, stream, progress) if path.exists() else open_hub(text, split, stream, progress)
+    if not isinstance(source, str | os.PathLike) or not isinstance(split, str | None):
+        name, value = ("split", split) if isinstance(source, str | os.PathLike) else ("source", source)
+        raise ValueError(f"{name} must be a text{' or a path' * (name == 'source')}, got {describe_value(value)}")
+    size, n = as_size(size), n if n is None else as_integer("n", n, 1)
+    max_broken = None if max_broken is None else as_integer("max_broken", max_broken, 0)
+    memory = None if memory is None else as_integer("memory", memory, 0)
+    path, text = as_path(source), str(source)
+    exists = bool(text) and os.path.exists(path)
+    known, clash = (False, None) if exists and not isinstance(source, str) else name_clash(text, path)
+    if clash:
+        warnings.warn(clash, stacklevel=2)
+    if known and text in NAMED or path.suffix.lower() in (".npy", ".npz") and not os.path.isdir(path):
+        check_split(path, split)
+        return first_images(NAMED[text]() if known else load_array(path), size, n)
+    local = exists and not known
+    encoded = open_local(path, split, stream, progress) if local else open_hub(text, split, stream, progress)
     if stream and isinstance(encoded, ImageTable):
         return load_stream(encoded, size, n, max_broken, memory, progress)
     encoded = encoded if n is None or n >= len(encoded) else encoded.select(range(n))
     return load_source(encoded, size, max_broken, memory, progress)
 
-# %% ../nbs/15_loading.ipynb #31
+# %% ../nbs/15_loading.ipynb #28
+def check_collection(images: object) -> None:
+    "Raise `ValueError` unless `images` are `Images` or `StoredImages`."
+    if not isinstance(images, Images | StoredImages):
+        raise ValueError(f"images must be what load_images returns, or Images(pixels); got {describe_value(images)}")
+
+
 def data_digest(images: Images | StoredImages) -> str:
-    "Return twelve hexadecimal digits that identify a data set by its description and 256 of its images, or all."
-    pixels = images.read(range(0, len(images), math.ceil(len(images) / 256)))
-    return digest(repr(images).encode(), pixels.numpy().tobytes())[:12]
+    "Return twelve hexadecimal digits that identify a data set by its labels and its pixels, or 64 MB of them."
+    check_collection(images)
+    n, most = len(images), max(256, 2**26 // math.prod(images.shape))
+    labels = b"" if images.labels is None else images.labels.cpu().numpy().tobytes()
+    sample = range(0, n, math.ceil(n / most))
+    parts = (images.read(sample[k : k + 256]).cpu().numpy().tobytes() for k in range(0, len(sample), 256))
+    return digest(repr((n, *images.shape)).encode(), labels, *parts)[:12]
 
 
-def load_images_once(data: str, size: int | None, split: str, stream: bool, progress: bool) -> Images | StoredImages:
+def load_images_once(data: str, size: int | None, split: str | None, stream: bool, progress: bool):
     "Call `load_images` on one process of each machine before the others, which then read what that one downloaded."
     with this_process().local_main_process_first():
         return load_images(data, size, split=split, stream=stream, progress=progress and is_main_process())
 
-# %% ../nbs/15_loading.ipynb #34
+# %% ../nbs/15_loading.ipynb #31
 class BatchOrder:
     """The order of `n` images in an endless stream, epoch after epoch, cut into batches for one of several processes.
 
@@ -300,12 +307,10 @@ class BatchOrder:
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, flip: bool, start: int, process: tuple[int, int]):
-        check_at_least(1, batch_size=batch_size)
-        check_at_least(0, seed=seed, start=start)
         if not 0 <= process[0] < process[1]:
             raise ValueError(f"process must be (rank, processes) with 0 <= rank < processes, got {process}")
-        self.n, self.batch_size, self.seed, self.flip, self.start = n, batch_size, seed, flip, start
-        self.process = process
+        self.n, self.batch_size, self.flip, self.process = n, as_integer("batch_size", batch_size, 1), flip, process
+        self.seed, self.start = as_integer("seed", seed, 0), as_integer("start", start, 0)
 
     def order(self, epoch: int) -> Int64[Tensor, "n"]:
         "Return the indices of an epoch's images in their order; n is added where an image is mirrored."
@@ -323,39 +328,7 @@ class BatchOrder:
             entry += len(parts[-1])
         return torch.cat(parts)
 
-# %% ../nbs/15_loading.ipynb #37
-def format_bytes(size: int) -> str:
-    "Return a number of bytes in words."
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def choose_residence(images: Images | StoredImages, device: torch.device, resident: bool | None) -> tuple[bool, str]:
-    """Return whether the pixels stay on the device for the whole run, and the reason where they do not.
-
-    `resident` decides if it is given, else: `Images` do, on a GPU if they take no more than half of its free memory.
-    """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    total = len(images) * math.prod(images.shape)
-    if resident and not isinstance(images, Images):
-        raise ValueError(f"resident must be False or None for {images!r}; memory= of load_images loads them all")
-    if resident is not None:
-        return resident, "as requested"
-    if not isinstance(images, Images):
-        return False, "images are decoded when read"
-    if free is not None and total > free / 2:
-        return False, f"{format_bytes(total)} are more than half of the {format_bytes(free)} free on {device}"
-    return True, ""
-
-
-def to_batch(
-    pixels: UInt8[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"], device: torch.device
-) -> Float[Tensor, "b c h w"]:
-    "Return pixels on the device, in [-1, 1], the `mirrored` ones flipped left to right."
-    x, mirrored = (value.to(device, non_blocking=True) for value in (pixels, mirrored))
-    x = to_network(x)
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-
-# %% ../nbs/15_loading.ipynb #40
+# %% ../nbs/15_loading.ipynb #35
 @dataclass
 class BatchReader(torch.utils.data.Dataset):
     "A worker's part: read the images of a batch's entries; see `StoredImages.try_read`."
@@ -366,15 +339,17 @@ class BatchReader(torch.utils.data.Dataset):
         "Return pixels, the indices really read, which of them are mirrored, and errors."
         n = len(self.images)
         pixels, used, errors = self.images.try_read(entries % n)
-        return pixels, used, entries >= n, errors
+        parts = pixels, used, entries >= n
+        if torch.utils.data.get_worker_info():  # here a lack of shared memory is an error; later it would be a hang
+            parts = tuple(part.share_memory_() for part in parts)
+        return *parts, errors
 
-
+# %% ../nbs/15_loading.ipynb #36
 class BatchMaker:
     "The making of a batch from its entries: pixels from the device, or read; with labels, where they are wanted."
 
     def __init__(self, images: Images | StoredImages, device, workers: int | None, resident: bool | None, labels: bool):
-        self.workers = min(8, available_cores()) if workers is None else workers
-        check_at_least(0, workers=self.workers)
+        self.workers = min(8, available_cores()) if workers is None else as_integer("workers", workers, 0)
         self.images, self.device, self.paired = images, torch.device(device), labels
         self.resident, self.why = choose_residence(images, self.device, resident)
         self.pixels = images.pixels.to(self.device) if self.resident else None
@@ -396,28 +371,50 @@ class BatchMaker:
             return self.finish(self.pixels[entries % n], entries % n, entries >= n, {})
         return self.finish(*BatchReader(self.images)[entries])
 
-# %% ../nbs/15_loading.ipynb #42
-def read_ahead(batches: "ImageBatches") -> Iterator:
-    "Yield the batches, read ahead by worker processes; errors of reading are reported, or raised, in this process."
+# %% ../nbs/15_loading.ipynb #39
+WORKER_SECONDS = 300.0  # a batch that takes longer will never come
+
+
+def _batches_of_workers(batches: "ImageBatches") -> Iterator:
+    "Yield what `BatchReader` returns for one batch after the other, read ahead by worker processes."
     loader = torch.utils.data.DataLoader(
         BatchReader(batches.images),
         batch_size=None,
         sampler=map(batches.indices, itertools.count()),
         num_workers=batches.workers,
         pin_memory=batches.device.type == "cuda",
+        timeout=WORKER_SECONDS,
         generator=torch.Generator(),  # else it would draw from torch's own, and change what dropout draws
     )
-    for parts in loader:
-        yield batches.finish(*parts)
+    with torch.device("cpu"):  # DataLoader draws a seed on the default device
+        workers = iter(loader)
+    yield from workers
 
-# %% ../nbs/15_loading.ipynb #43
+
+def read_ahead(batches: "ImageBatches") -> Iterator:
+    "Yield the batches, read ahead by worker processes; where these fail, warn once and read on in this process."
+    workers, done = _batches_of_workers(batches) if batches.workers else None, 0
+    while workers:
+        try:
+            parts = next(workers)
+        except Exception as error:  # whatever a worker died of: what is wrong with an image is no exception there
+            advice = "give workers=0, or them more shared memory (docker run --shm-size)"
+            reason = printable(str(error).strip().split("\n")[-1])[:200].rstrip(".") or type(error).__name__
+            warnings.warn(f"workers failed: {reason}; this process reads on, more slowly: {advice}", stacklevel=2)
+            workers = None
+        else:
+            yield batches.finish(*parts)
+            done += 1
+    yield from map(batches.batch, itertools.count(done))
+
+# %% ../nbs/15_loading.ipynb #40
 class ImageBatches(BatchOrder, BatchMaker):
     """An endless stream of batches (batch_size, c, h, w) in [-1, 1] on `device`; with `labels`, of pairs (x, y).
 
     Each epoch has its own order, fixed by `seed`; `flip` mirrors half of the images left to right. From entry `start`
     on, the stream is cut into pieces of batch_size times processes; `process`, (rank, processes), takes its part.
     The pixels live on the device if they fit (`resident` decides otherwise), or are read by so many `workers` (0: by
-    this process): the same batches, bit for bit. y is int64 (batch_size,), or None for images without labels.
+    this process, as well if they fail): the same batches, bit for bit. y is int64 (b,), or None without labels.
     """
 
     def __init__(
@@ -425,6 +422,7 @@ class ImageBatches(BatchOrder, BatchMaker):
         start: int = 0, process: tuple[int, int] = (0, 1), workers: int | None = None, resident: bool | None = None,
         labels: bool = False,
     ):  # fmt: skip
+        check_collection(images)
         BatchOrder.__init__(self, len(images), batch_size, seed, flip, start, process)
         BatchMaker.__init__(self, images, device, workers, resident, labels)
         self.order = functools.lru_cache(maxsize=2)(self.order)

@@ -19,8 +19,8 @@ import race  # noqa: E402
 import scaling  # noqa: E402
 
 from ddpm_lit.ddpm import DDPM
+from ddpm_lit.images import load_digits
 from ddpm_lit.objective import simple_loss
-from ddpm_lit.sources import load_digits
 from ddpm_lit.trainer import TrainConfig, Trainer
 
 

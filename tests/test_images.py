@@ -7,7 +7,18 @@ import torch
 from pictures import numbered
 from PIL import Image
 
-from ddpm_lit.images import Images, describe_images, image_grid, save_animation, save_grid, show, to_network, to_pixels
+from ddpm_lit.images import (
+    GRID,
+    Images,
+    as_indices,
+    describe_images,
+    image_grid,
+    save_animation,
+    save_grid,
+    show,
+    to_network,
+    to_pixels,
+)
 
 matplotlib.use("agg")
 
@@ -128,3 +139,94 @@ def test_an_animation_needs_frames(tmp_path, frames):
     with pytest.raises(ValueError, match=r"frames must be uint8 \(k, n, c, h, w\) with k at least 1, got"):
         save_animation(tmp_path / "a.gif", frames.byte())
     assert not any(tmp_path.iterdir())
+
+
+PIXELS = numbered(4).pixels
+STRANGE = [
+    PIXELS.numpy(),
+    PIXELS.tolist(),
+    Image.new("L", (4, 4)),
+    "digits",
+    None,
+    torch.utils.data.TensorDataset(PIXELS),
+]
+
+
+@pytest.mark.parametrize("pixels", [*STRANGE, PIXELS.long(), PIXELS.bool(), PIXELS[0], PIXELS[:0]])
+def test_images_of_another_kind_are_refused_by_name(pixels):
+    for call in (Images, image_grid, show, lambda x: save_grid("never.png", x)):
+        with pytest.raises(ValueError, match="^pixels must be uint8 [^\n]*, got [^\n]*$"):
+            call(pixels)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 2, 3], np.arange(4), torch.arange(4).int(), torch.arange(3), torch.zeros(4, 1)]
+)
+def test_labels_of_another_kind_are_refused_by_name(labels):
+    with pytest.raises(ValueError, match=r"^labels must be int64 \(4,\), got [^\n]*$"):
+        Images(PIXELS, labels)
+
+
+@pytest.mark.parametrize("x", [*STRANGE, to_network(PIXELS), PIXELS.long(), PIXELS.bool(), PIXELS.float() / 255])
+def test_to_network_takes_bytes_and_nothing_else(x):
+    with pytest.raises(ValueError, match="^pixels must be uint8, 0 … 255, got [^\n]*$"):
+        to_network(x)
+
+
+@pytest.mark.parametrize("x", [*STRANGE, PIXELS, PIXELS.long(), PIXELS.bool(), PIXELS.to(torch.complex64)])
+def test_to_pixels_takes_floats_and_nothing_else(x):
+    with pytest.raises(ValueError, match=r"^x must be floating point in \[-1, 1\], got [^\n]*$"):
+        to_pixels(x)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[2, 0], (2, 0), np.array([2, 0], np.int16), torch.tensor([2, 0], dtype=torch.uint8), [np.int64(2), 0], [-2, -4]],
+)
+def test_indices_of_every_kind_of_whole_number(indices):
+    assert as_indices(indices, 4).tolist() == [2, 0] and Images(PIXELS).select(indices).pixels[:, 0, 0, 1].tolist() == [
+        2,
+        0,
+    ]
+
+
+def test_a_mask_selects_where_it_is_true():
+    for mask in ([False, True, True, False], np.array([0, 1, 1, 0], bool), torch.tensor([0, 1, 1, 0]).bool()):
+        assert torch.equal(Images(PIXELS).select(mask).pixels, PIXELS[1:3])
+    assert Images(PIXELS).read([]).shape == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("indices", [[4], [-5], [0.0], ["0"], [True], [[0]], 0, None, torch.zeros(2)])
+def test_other_indices_are_refused_by_name(indices):
+    for call in (Images(PIXELS).select, Images(PIXELS).read):
+        with pytest.raises(ValueError, match="^indices must be whole numbers from 0 to 3[^\n]*; got [^\n]*$"):
+            call(indices)
+    with pytest.raises(ValueError, match="at least 1 of them"):
+        Images(PIXELS).select([])
+
+
+@pytest.mark.parametrize("kw", [dict(columns=2.0), dict(columns=True), dict(side="64"), dict(side=0)])
+def test_numbers_of_a_grid_are_whole(tmp_path, kw):
+    with pytest.raises(ValueError, match=f"^{next(iter(kw))} must be "):
+        save_grid(tmp_path / "a.png", PIXELS, **kw)
+    save_grid(tmp_path / "a.png", PIXELS, np.int64(2), np.int32(8))
+
+
+def test_a_grid_goes_where_the_tilde_points_and_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    save_grid("~/a.png", PIXELS), save_animation("~/a.gif", PIXELS[None])
+    assert Image.open(tmp_path / "a.png").info["Software"] == GRID
+    assert Image.open(tmp_path / "a.gif").info["comment"].decode() == GRID
+
+
+@pytest.mark.parametrize("frames", [PIXELS.numpy()[None], to_network(PIXELS)[None], [PIXELS]])
+def test_frames_of_another_kind_are_refused_by_name(tmp_path, frames):
+    with pytest.raises(ValueError, match="^frames must be uint8"):
+        save_animation(tmp_path / "a.gif", frames)
+
+
+def test_where_the_default_device_is_another_images_stay_where_they_are():
+    with torch.device("meta"):
+        images = Images(PIXELS, torch.arange(4, device="cpu"))
+        assert torch.equal(images.select([1]).pixels, PIXELS[1:2]) and images.read(range(2)).device.type == "cpu"
+        assert image_grid(images, gap=0).shape == (4, 6)

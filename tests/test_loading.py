@@ -2,19 +2,43 @@
 
 import hashlib
 import itertools
+import os
 import pickle
+import re
+import signal
+import time
 import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-from pictures import FASHION, cut, encoded, image_table, level, make_torn, make_zoo, numbered, numbers, put, quiet_hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import (
+    FASHION,
+    cut,
+    encoded,
+    file_of,
+    image_table,
+    level,
+    make_torn,
+    make_zoo,
+    numbered,
+    numbers,
+    put,
+    quiet_hub,
+)
 from PIL import Image
 
 from ddpm_lit import loading
-from ddpm_lit.images import Images, to_pixels
-from ddpm_lit.loading import ImageBatches, StoredImages, choose_residence, data_digest, load_images
-from ddpm_lit.sources import crop_and_resize, decode_image, image_folder
+from ddpm_lit.decoding import SUFFIXES, crop_and_resize, decode_image
+from ddpm_lit.images import Images, choose_residence, to_pixels
+from ddpm_lit.loading import ImageBatches, StoredImages, data_digest, load_images
+from ddpm_lit.sources import image_folder
+
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits for a worker which is gone
 
 
 @pytest.fixture
@@ -126,7 +150,7 @@ def test_broken_files_are_left_out_and_named_in_one_warning(torn):
     assert "as/04.png (" in message and "bs/03.png (" in message and message.endswith("; left out")
     assert caught[0].filename == __file__
     assert len(images) == 17 and images.labels.tolist() == [0] * 9 + [1] * 8
-    source = image_folder(torn, "train")
+    source = image_folder(torn)
     sound = [i for i in range(20) if source.name_of(i) not in ("as/04.png", "bs/03.png", "bs/05.png")]
     for i, pixels in zip(sound, images.pixels, strict=True):
         assert np.array_equal(decode_image(source.open(i)), pixels[0])
@@ -461,15 +485,23 @@ def test_batches_are_those_of_every_version_before(options, batches, order):
     assert [hashlib.sha256(part.numpy().tobytes()).hexdigest()[:16] for part in parts] == [batches, order]
 
 
-def test_the_digest_of_a_data_set_is_that_of_every_version_before(zoo):
-    digits = load_images("digits")
-    assert data_digest(digits) == "d1d8d75a1d2c" and data_digest(load_images("digits", n=7)) == "c6c8a5a429c1"
-    assert data_digest(digits.select(torch.arange(1797).flip(0))) != data_digest(digits)
-    assert (
-        data_digest(load_images(zoo, memory=0))
-        == data_digest(load_images(zoo, memory=0))
-        != data_digest(load_images(zoo))
-    )
+def test_the_digest_of_a_data_set_is_one_of_pixels_and_labels_alone(zoo, tmp_path):
+    digits, in_memory, stored = load_images("digits"), load_images(zoo), load_images(zoo, memory=0)
+    assert data_digest(digits) == "b9f5ad128d9e" and data_digest(in_memory) == data_digest(stored)
+    copy = zoo.rename(tmp_path / "elsewhere")
+    assert data_digest(load_images(copy)) == data_digest(in_memory)
+    assert data_digest(load_images("digits", n=7)) == data_digest(digits.select(range(7))) != data_digest(digits)
+    put(copy / "cat/z.png", level(77))
+    changed = [load_images(copy), Images(in_memory.pixels, 1 - in_memory.labels), Images(in_memory.pixels)]
+    changed += [in_memory.select(range(8, -1, -1)), load_images(copy, size=5)]
+    assert len({data_digest(images) for images in (in_memory, *changed)}) == 6
+
+
+def test_the_digest_of_a_large_set_reads_a_part_of_it(monkeypatch):
+    images, read = Images(torch.zeros(1000, 1, 1, 1, dtype=torch.uint8).expand(-1, 1, 512, 512)), []
+    monkeypatch.setattr(Images, "read", lambda self, i: read.extend(i) or torch.zeros(1, dtype=torch.uint8))
+    data_digest(images)
+    assert read == list(range(0, 1000, 4))
 
 
 @pytest.mark.parametrize("indices", [[7, 0], range(3), torch.tensor([8, 8])])
@@ -517,3 +549,201 @@ def test_a_replaced_image_comes_with_its_own_label(torn, workers):
     broken = batches.indices(0) == stored.source.paths.index("as/18.png")
     assert broken.sum() == 1 and stored.labels[batches.indices(0)][broken].item() == 0 and y[broken].item() == 1
     assert torch.equal(y[~broken], stored.labels[batches.indices(0)][~broken])
+
+
+@pytest.mark.parametrize("bits, suffix", [(12, "png"), (10, "tif"), (14, "png"), (15, "pgm")])
+@pytest.mark.parametrize("memory", [None, 0])
+def test_16_bits_of_which_few_are_used_are_said_in_one_word(tmp_path, bits, suffix, memory):
+    for i in range(3):
+        values = np.random.default_rng(i).integers(2**bits, size=(16, 16)).astype(np.uint16)
+        values[0, 0] = 2**bits - 1
+        put(tmp_path / f"ct/{i}.{suffix}", values)
+    top = round((2**bits - 1) / 257)
+    with pytest.warns(
+        UserWarning, match=f"^ct: nothing is brighter than {top} of 255: the files have 16 bits"
+    ) as caught:
+        images = load_images(tmp_path / "ct", memory=memory)
+    assert len(caught) == 1 and images.read(range(3)).max() == top
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_16_bits_in_a_table_are_noticed(hf, tmp_path, stream):
+    image_table(hf, [level(i, 4, 4).astype(np.uint16) * 256 for i in range(4)]).to_parquet(tmp_path / "a.parquet")
+    with pytest.warns(UserWarning, match="a: nothing is brighter than 3 of 255"):
+        load_images(tmp_path / "a.parquet", stream=stream)
+
+
+def test_16_bits_that_are_used_and_dark_pictures_of_8_bits_are_nobodys_business(tmp_path):
+    put(tmp_path / "a/0.png", np.full((4, 4), 65535, np.uint16)), put(tmp_path / "a/1.png", np.zeros((4, 4), np.uint16))
+    put(tmp_path / "b/0.png", level(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_images(tmp_path / "a"), load_images(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name, value", [("n", 2.0), ("n", True), ("n", 0), ("max_broken", "3"), ("memory", -1)])
+def test_numbers_of_load_images_are_whole(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be [^\n]*$"):
+        load_images("digits", **{name: value})
+    assert len(load_images("digits", np.int64(8), n=np.uint8(3), memory=np.int64(10**9))) == 3
+
+
+def same(batches, others):
+    "Return whether two lists of pairs (x, y) are equal."
+    return all(torch.equal(a, b) for x, y in zip(batches, others, strict=True) for a, b in zip(x, y, strict=True))
+
+
+class Failing(Images):
+    "Images that a worker process fails on, in one of several ways; this process reads them as ever."
+
+    how = "exit"
+
+    def try_read(self, indices):
+        if torch.utils.data.get_worker_info():
+            if self.how == "exit":
+                os._exit(1)
+            elif self.how == "sleep":
+                time.sleep(3)
+            elif self.how == "bus error":
+                os.kill(os.getpid(), signal.SIGBUS)
+            raise {"memory": MemoryError(), "shm": RuntimeError("unable to allocate\nNo space left")}[self.how]
+        return super().try_read(indices)
+
+
+@pytest.mark.parametrize("how", ["exit", "bus error", "memory", "shm", "sleep"])
+def test_workers_that_die_or_cannot_allocate_cost_nothing_but_time(monkeypatch, how):
+    monkeypatch.setattr(Failing, "how", how), monkeypatch.setattr(loading, "WORKER_SECONDS", 1.0)
+    images = load_images("digits", n=50)
+    options = dict(seed=2, flip=True, start=30, labels=True)
+    wanted = first_batches(ImageBatches(images, 16, **options), 5)
+    failing = ImageBatches(Failing(images.pixels, images.labels), 16, **options, workers=1, resident=False)
+    with pytest.warns(UserWarning, match="workers failed: [^\n]*; this process reads on.*workers=0") as caught:
+        result = first_batches(failing, 5)
+    assert len(caught) == 1 and same(result, wanted)
+
+
+@pytest.mark.parametrize("error", [OSError(11, "Resource temporarily unavailable"), ImportError("no semaphores")])
+def test_workers_that_cannot_start_cost_nothing_but_time(monkeypatch, error):
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", lambda self: (_ for _ in ()).throw(error))
+    images = load_images("digits", n=50)
+    with pytest.warns(UserWarning, match=f"workers failed: .*{str(error)[-10:]}; this process reads on"):
+        result = first_batches(ImageBatches(images, 16, workers=2, resident=False), 4)
+    assert all(torch.equal(a, b) for a, b in zip(result, first_batches(ImageBatches(images, 16), 4), strict=True))
+
+
+def test_a_worker_that_dies_later_is_taken_over_where_it_stopped(monkeypatch):
+    monkeypatch.setattr(Failing, "how", "late")
+    calls = itertools.count()
+    monkeypatch.setattr(Failing, "try_read", lambda self, i: os._exit(1) if (
+        torch.utils.data.get_worker_info() and next(calls) == 3) else Images.try_read(self, i))  # fmt: skip
+    images = load_images("digits", n=50)
+    with pytest.warns(UserWarning, match="workers failed"):
+        result = first_batches(ImageBatches(Failing(images.pixels), 16, workers=1, resident=False), 8)
+    assert all(torch.equal(a, b) for a, b in zip(result, first_batches(ImageBatches(images, 16), 8), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_on_another_default_device_the_batches_are_the_same(zoo, workers):
+    wanted = first_batches(ImageBatches(load_images(zoo), 4, labels=True), 3)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="workers failed")
+        for memory in (None, 0):
+            images = load_images(zoo, memory=memory)
+            result = first_batches(ImageBatches(images, 4, workers=workers, resident=False, labels=True), 3)
+            assert all(
+                torch.equal(a, b) for x, y in zip(result, wanted, strict=True) for a, b in zip(x, y, strict=True)
+            )
+            assert data_digest(images.select([3, 1])) and images.labels.device.type == "cpu"
+
+
+@pytest.mark.parametrize("images", [torch.zeros(8, 1, 8, 8).byte(), [1], np.zeros((2, 8, 8)), "digits", None])
+def test_images_of_other_libraries_are_refused_by_name(images):
+    for call in (lambda: ImageBatches(images, 4), lambda: data_digest(images)):
+        with pytest.raises(ValueError, match="^images must be what load_images returns, [^\n]*; got [^\n]*$"):
+            call()
+
+
+# ------------------------------------------------------------------------------------------- trees of odd files
+
+
+def picture(format, *frames, **options):
+    "Return the bytes of a picture of several frames."
+    first, *others = (Image.fromarray(np.full((8, 8, *c), 40 + k, t)) for k, (c, t) in enumerate(frames))
+    options |= dict(save_all=True, append_images=others) if others else {}
+    return file_of(first, format, **options).getvalue()
+
+
+GREY, RGB, DEEP = ((), np.uint8), ((3,), np.uint8), ((), np.uint16)
+GOOD = picture("PNG", GREY)
+ORIENTED = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\2\0\0\x006\0\0\0\0\0\0\0"  # as a text
+KINDS = {
+    **{"grey.png": GOOD, "rgb.png": picture("PNG", RGB), "16.png": picture("PNG", DEEP), "wrong.jpg": GOOD},
+    **{"a.jfif": picture("JPEG", GREY), "3.gif": picture("GIF", *[GREY] * 3), "4.tif": picture("TIFF", *[RGB] * 4)},
+    **{"cut.png": GOOD[:50], "empty.png": b"", "text.png": b"a text", "noise.webp": bytes(range(256))},
+    **{"float.tif": picture("TIFF", ((), np.float32)), "exif.jpg": picture("JPEG", RGB, exif=ORIENTED)},
+    **{"x.HEIC": b"ftyp", "x.npy": b"\x93NUMPY garbage", "notes.txt": b"", "no_ending": GOOD, ".hidden.png": GOOD},
+    **{"a.json": b"{}", "link.png": "grey.png", "gone.png": "nowhere", "loop.png": "loop.png", "up": "..", "here": "."},
+    "pipe.png": None,
+}
+PICTURES = {name for name in KINDS if name[0] != "." and name.endswith(SUFFIXES)} - {"pipe.png"}
+FOLDERS = ["", "a", "b", "a/c", "train", "train/a", "test", "nest/test", "train2", ".hid", "samples", "masks/x"]
+trees = st.lists(st.tuples(st.sampled_from(FOLDERS), st.sampled_from(sorted(KINDS))), max_size=14, unique=True)
+
+
+def plant(root, tree):
+    "Write a tree of odd files; return how many entries it has, a hidden folder counting as one."
+    root.mkdir()
+    for folder, name in tree:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        match KINDS[name]:
+            case bytes(content):
+                (root / folder / name).write_bytes(content)
+            case str(target):
+                (root / folder / name).symlink_to(target)
+            case _:
+                os.mkfifo(root / folder / name)
+    visible = [entry for entry in tree if entry[0] != ".hid"]
+    return visible, len(visible) + (len(visible) < len(tree))
+
+
+def counted(messages):
+    "Return how many entries the warnings count that are not images: broken ones and all others, pages apart."
+    text = "; ".join(messages)
+    kinds = r"(?:^|[:;,] )([\d,]+) (images? cannot be used|[^(),;]*(?:files?|folders?|links?)\b[^(),;]*) ?[(:]"
+    return sum(int(n.replace(",", "")) for n, _ in re.findall(kinds, text))
+
+
+def check_tree(root, tree, split, memory):
+    "Load a tree of odd files: images, all others counted in one warning, or one line that says what is wrong."
+    visible, entries = plant(root, tree)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            images = load_images(root, 8, split=split, memory=memory, max_broken=100)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) > 20
+            return "refused"
+    assert len(caught) <= 1 and isinstance(images, Images | StoredImages)
+    message = [str(w.message) for w in caught]
+    assert all("\n" not in text for text in message)
+    wanted, others = split or "train", 0
+    for folder, name in visible:
+        splits = [s for part in folder.split("/") for s in ("train", "test") if part.startswith(s)]
+        others += name in PICTURES and splits[:1] not in ([], [wanted])
+    total = len(images) + counted(message)
+    all_read = any("all are read" in text for text in message)
+    assert total == entries - (0 if all_read else others), (message, tree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert images.read(range(len(images))).shape[2:] == (8, 8)
+        except ValueError as error:  # broken pixels, all of them
+            assert memory == 0 and "cannot be used" in str(error)
+    return "all" if not message else "some"
+
+
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
+@given(trees, st.sampled_from([None, None, "train", "test"]), st.sampled_from([None, 0]))
+def test_of_a_tree_of_odd_files_every_one_is_read_or_counted(tree, split, memory):
+    with TemporaryDirectory() as folder:
+        check_tree(Path(folder) / "tree", tree, split, memory)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Imports only ever point to the left. A new module takes its place here, as in the table of the README.
 ORDER = (
     *("checks", "gaussian", "forward", "posterior", "ddpm", "bound", "objective", "exact"),
-    *("layers", "unet", "files", "processes", "pretrained", "images", "sources", "loading"),
+    *("layers", "unet", "files", "processes", "pretrained", "images", "decoding", "sources", "loading"),
     *("trainer", "sampler", "metrics", "evaluation", "cli"),
 )
 MODULES = {name: (ROOT / "ddpm_lit" / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
@@ -148,7 +148,12 @@ PRIVATE = set(
     "law laws deviation deviations share shares shelf shelves turn turns way ways pile piles told asked found kept "
     "stretch noting said draft drafts whole plainly frugally".split()
 )
-NOT_OURS = {"found_inf", "FileNotFoundError", "LocalEntryNotFoundError"}  # of torch, Python and the Hub
+NOT_OURS = {
+    "found_inf",
+    "share_memory_",
+    "FileNotFoundError",
+    "LocalEntryNotFoundError",
+}  # of torch, Python and the Hub
 
 
 def identifiers(source: str) -> set[str]:

@@ -21,7 +21,7 @@ from beartype import BeartypeConf, beartype
 checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # Needs the network; is slow.
-NOT_CALLED = {"ddpm_lit.pretrained.download_model", "ddpm_lit.sources.load_mnist5k"}
+NOT_CALLED = {"ddpm_lit.pretrained.download_model", "ddpm_lit.images.load_mnist5k"}
 # Abstract.
 NOT_CALLED |= {f"ddpm_lit.sources.ImageSource.{name}" for name in ("name_of", "open", "select")}
 
@@ -153,11 +153,11 @@ def calls(d: Names, folder: Path) -> None:
     own.image_shape = (1, 8, 8)
     own.save_pretrained(folder / "own"), d.DDPM.from_pretrained(folder / "own", net=OneLayer())
 
-    # 13 images, 14 sources, 15 loading
+    # 13 images, 14 decoding and sources, 15 loading
     digits, path = d.load_digits(), folder / "images.npz"
     np.savez(path, images=digits.pixels[:100, 0].numpy(), labels=digits.labels[:100].numpy())
     few = d.load_images(path)
-    len(few), repr(few), d.image_grid(few), d.image_grid(few.pixels, 4)
+    len(few), repr(few), d.image_grid(few), d.image_grid(few.pixels, 4), d.describe_value(few)
     d.save_grid(folder / "grid.png", few), d.show(few, title="digits")
     d.to_pixels(d.to_network(few.pixels)), d.to_network(few.pixels, torch.float64)
     folder_of_images(folder, d, digits.pixels[:6, 0].numpy())

@@ -1,17 +1,21 @@
 """What picture files, folders, tables, arrays and names hold, seen through `load_images` where users see it."""
 
-import io
+import errno
 import logging
+import os
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import FASHION, encoded, file_of, image_table, level, make_zoo, put, quiet_hub
+from pictures import FASHION, encoded, image_table, level, make_zoo, put, quiet_hub
 from PIL import Image
 
+from ddpm_lit.decoding import decode_image
 from ddpm_lit.loading import load_images
-from ddpm_lit.sources import ImageTable, decode_image, image_folder, read_header, split_of
+from ddpm_lit.sources import ImageTable, image_folder, split_of
 
 
 @pytest.fixture
@@ -94,7 +98,6 @@ def test_arrays_in_every_recognised_layout(tmp_path, suffix, array, wanted):
         DRAWN.astype(np.float32),
         DRAWN.astype(np.int64),
         DRAWN[0, 0],
-        DRAWN[0],
         DRAWN[:, :2],
         DRAWN[:, :, :, :3],
         DRAWN[None],
@@ -104,11 +107,7 @@ def test_arrays_in_every_recognised_layout(tmp_path, suffix, array, wanted):
     ids=lambda array: f"{array.dtype}-{array.shape}",
 )
 def test_arrays_that_could_be_misread_are_refused(tmp_path, array):
-    # A lone (3, 6, 4) is three grey images by its shape: that one is read, and is the only one here that is.
     np.save(tmp_path / "a.npy", array)
-    if array.shape == (3, 6, 4):
-        assert load_images(tmp_path / "a.npy").pixels.shape == (3, 1, 6, 4)
-        return
     with pytest.raises(ValueError, match="a.npy: (images|pixels) must be uint8"):
         load_images(tmp_path / "a.npy")
 
@@ -136,167 +135,6 @@ def test_npz_files_say_what_they_hold(tmp_path):
     np.savez(tmp_path / "soft.npz", images=DRAWN, labels=np.linspace(0, 1, 5))
     with pytest.raises(ValueError, match="soft.npz: labels must be integers"):
         load_images(tmp_path / "soft.npz")
-
-
-def over_white(values, alpha):
-    values, alpha = values.astype(float), alpha.astype(float)
-    return np.rint((values * alpha + 255 * (255 - alpha)) / 255).astype(np.uint8)
-
-
-G = np.random.default_rng(1).integers(256, size=(5, 4), dtype=np.uint8)
-A = np.random.default_rng(2).integers(256, size=(5, 4), dtype=np.uint8)
-A[0] = 0, 255, 1, 128
-C = np.random.default_rng(3).integers(256, size=(5, 4, 3), dtype=np.uint8)
-W = np.random.default_rng(4).integers(65536, size=(5, 4), dtype=np.uint16)
-W[0] = 0, 255, 300, 65535
-WIDE = np.rint(W / 257).astype(np.uint8)
-TABLE = np.random.default_rng(5).integers(256, size=(256, 3), dtype=np.uint8)
-GREYS = np.repeat(TABLE[:, :1], 3, axis=1)
-KEYED = np.where(G == G[2, 2], 255, G)  # what has the colour of the pixel (2, 2) is transparent
-
-
-def indexed(table):
-    image = Image.fromarray(G, "P")
-    image.putpalette(table.ravel().tolist())
-    return image
-
-
-def big_endian(values):
-    return Image.frombytes("I;16B", (4, 5), values.astype(">u2").tobytes())
-
-
-CMYK = np.concatenate([C, A[..., None]], -1)
-RED = np.full((5, 4, 3), (200, 30, 90), np.uint8)
-FROM_CMYK = (255 - C.astype(float)) * (255 - A[..., None].astype(float)) / 255
-MODES = {
-    "1": (file_of(Image.fromarray(G > 127)), np.where(G > 127, 255, 0), 0),
-    "1, transparent": (file_of(Image.fromarray(G > 127), transparency=0), np.full((5, 4), 255), 0),
-    "L": (file_of(Image.fromarray(G)), G, 0),
-    "L, one level transparent": (file_of(Image.fromarray(G), transparency=int(G[2, 2])), KEYED, 0),
-    "L in a BMP": (file_of(Image.fromarray(G), "BMP"), G, 0),
-    "L in a GIF": (file_of(Image.fromarray(G), "GIF"), G, 0),
-    "LA": (file_of(Image.fromarray(np.stack([G, A], -1), "LA")), over_white(G, A), 0),
-    "P": (file_of(indexed(TABLE)), TABLE[G], 0),
-    "P, grey": (file_of(indexed(GREYS)), GREYS[G][..., 0], 0),
-    "P in a GIF": (file_of(indexed(TABLE), "GIF"), TABLE[G], 0),
-    "P in a TIFF": (file_of(indexed(GREYS), "TIFF"), GREYS[G][..., 0], 0),
-    "P, one colour transparent": (
-        file_of(indexed(TABLE), transparency=int(G[2, 2])),
-        np.where((G == G[2, 2])[..., None], 255, TABLE[G]),
-        0,
-    ),
-    "P, each colour with its opacity": (
-        file_of(indexed(TABLE), transparency=bytes(range(256))),
-        over_white(TABLE[G], G[..., None]),
-        0,
-    ),
-    "P, grey and transparent": (
-        file_of(indexed(GREYS), transparency=bytes(range(256))),
-        over_white(GREYS[G][..., 0], G),
-        0,
-    ),
-    "RGB": (file_of(Image.fromarray(C)), C, 0),
-    "RGB, though grey": (file_of(Image.fromarray(GREYS[G])), GREYS[G], 0),
-    "RGB, one colour transparent": (
-        file_of(Image.fromarray(C), transparency=tuple(C[1, 1].tolist())),
-        np.where((C == C[1, 1]).all(-1, keepdims=True), 255, C),
-        0,
-    ),
-    "RGBA": (file_of(Image.fromarray(np.concatenate([C, A[..., None]], -1))), over_white(C, A[..., None]), 0),
-    "RGBA in a WebP": (
-        file_of(Image.fromarray(np.concatenate([C, A[..., None]], -1)), "WEBP", lossless=True, exact=True),
-        over_white(C, A[..., None]),
-        0,
-    ),
-    "I;16": (file_of(Image.fromarray(W)), WIDE, 0),
-    "I;16 in a TIFF": (file_of(Image.fromarray(W), "TIFF"), WIDE, 0),
-    "I;16B": (file_of(big_endian(W), "TIFF"), WIDE, 0),
-    "I": (file_of(Image.fromarray(W.astype(np.int32)), "TIFF"), WIDE, 0),
-    "I in a PGM": (io.BytesIO(b"P5 4 5 65535\n" + W.astype(">u2").tobytes()), WIDE, 0),
-    "CMYK": (file_of(Image.fromarray(CMYK, "CMYK"), "TIFF"), FROM_CMYK, 1),
-    "YCbCr": (file_of(Image.fromarray(C).convert("YCbCr"), "TIFF"), C, 3),
-    "RGB in a JPEG": (file_of(Image.fromarray(RED), "JPEG"), RED, 3),
-    "L in a JPEG": (file_of(Image.fromarray(RED[..., 0]), "JPEG"), RED[..., 0], 1),
-    "L in a WebP, all of which are RGB": (file_of(Image.fromarray(G), "WEBP", lossless=True), np.stack([G] * 3, -1), 0),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_every_kind_of_picture_is_decoded_as_it_is_meant(mode):
-    file, wanted, atol = MODES[mode]
-    result = decode_image(file)
-    assert result.dtype == np.uint8 and result.shape == np.shape(wanted)
-    assert np.abs(result.astype(float) - np.asarray(wanted)).max() <= atol
-    assert read_header(file) == (1 if result.ndim == 2 else 3, (5, 4))
-
-
-@pytest.mark.parametrize("values", [W.astype(np.float32), W.astype(np.int32) - 1, W.astype(np.int32) + 1])
-def test_numbers_beyond_16_bits_are_refused(values):
-    with pytest.raises(ValueError, match="beyond 16 bits"):
-        decode_image(file_of(Image.fromarray(values), "TIFF"))
-
-
-UPRIGHT = {
-    **{1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1]},
-    **{5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1)},
-    **{7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90},
-}
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_pictures_are_turned_upright(orientation, format):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = np.kron(C, np.ones((16, 16, 1), np.uint8))  # blocks, which JPEG keeps
-    options = dict(lossless=True) if format == "WEBP" else dict(quality=98, subsampling=0) if format == "JPEG" else {}
-    file, wanted = file_of(Image.fromarray(stored), format, exif=exif, **options), UPRIGHT[orientation](stored)
-    result = decode_image(file)
-    assert read_header(file) == (3, result.shape[:2]) and result.shape == wanted.shape
-    assert np.abs(result.astype(int) - wanted).max() <= (12 if format == "JPEG" else 0)
-    deep = file_of(Image.fromarray(W), exif=exif)
-    assert np.array_equal(decode_image(deep), UPRIGHT[orientation](WIDE))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "BMP"])
-def test_a_file_that_is_cut_short_is_refused_or_complete(format):
-    noise = np.random.default_rng(6).integers(256, size=(24, 24, 3), dtype=np.uint8)
-    content = file_of(Image.fromarray(noise), format).getvalue()
-    complete, refused = decode_image(io.BytesIO(content)), 0
-    for length in np.random.default_rng(7).integers(len(content), size=60):
-        try:
-            result = decode_image(io.BytesIO(content[:length]))
-        except Exception:
-            refused += 1
-        else:
-            assert np.array_equal(result, complete) and length > 0.9 * len(content)
-    assert refused >= 54
-
-
-def test_only_formats_that_hold_nothing_but_a_picture_are_opened():
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    assert Image.open(io.BytesIO(program)).format == "EPS"  # which Pillow gives to Ghostscript to run
-    with pytest.raises(Image.UnidentifiedImageError):
-        decode_image(io.BytesIO(program))
-
-
-def test_size_takes_the_largest_part_at_the_centre():
-    step = np.kron(C, np.ones((4, 4, 1), np.uint8))  # 20×16
-    assert np.array_equal(decode_image(file_of(Image.fromarray(step)), size=(20, 16)), step)
-    assert np.array_equal(decode_image(file_of(Image.fromarray(step)), size=(16, 16)), step[2:18])
-    assert np.array_equal(decode_image(file_of(Image.fromarray(step)), size=(20, 10)), step[:, 3:13])
-    half = Image.fromarray(step).resize((8, 8), Image.Resampling.LANCZOS, box=(0, 2, 16, 18))
-    assert np.array_equal(decode_image(file_of(Image.fromarray(step)), size=(8, 8)), np.asarray(half))
-    grey = decode_image(file_of(Image.fromarray(step[..., 0])), size=(8, 6))
-    assert grey.shape == (8, 6)
-
-
-def test_transparent_pixels_do_not_bleed_into_the_border_when_resized():
-    layers = np.zeros((32, 32, 4), np.uint8)
-    layers[:, :15] = 255, 0, 0, 255
-    small = decode_image(file_of(Image.fromarray(layers)), size=(8, 8))
-    assert (small[..., 0] == 255).all() and (small[:, :2, 1] < 30).all() and (small[:, 6:] > 225).all()
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths_and_sub_folders_are_classes(zoo):
@@ -336,8 +174,6 @@ def test_folders_called_after_splits_are_splits(tmp_path):
     assert held_out.pixels[:, 0, 0, 0].tolist() == [2, 3] and held_out.classes == ("cat", "dog")
     with pytest.raises(ValueError, match="split must be one of train, validation in .*, got 'test'"):
         load_images(tmp_path, split="test")
-    put(tmp_path / "bus/5.png", level(5))  # then Train is a train
-    assert load_images(tmp_path).classes == ("Train", "bus", "val")
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
@@ -459,7 +295,7 @@ def test_where_datasets_is_missing_the_line_to_install_it_is_given(monkeypatch, 
 
 @pytest.mark.parametrize("indices", [[3, 0, 3], range(2)])
 def test_a_selection_of_a_source_is_a_source(zoo, hf, indices):
-    files, rows = image_folder(zoo, "train"), ImageTable(image_table(hf), "fashion")
+    files, rows = image_folder(zoo), ImageTable(image_table(hf), "fashion")
     assert np.array_equal(decode_image(rows.select([6]).open(0)), FASHION[6])
     for source in (files, rows):
         some = source.select(indices)
@@ -469,3 +305,281 @@ def test_a_selection_of_a_source_is_a_source(zoo, hf, indices):
             with some.open(k) as one, source.open(i) as other:
                 assert np.array_equal(decode_image(one), decode_image(other))
     assert files.select([3, 0]).name_of(0) == files.name_of(3) == files.paths[3] and rows.name_of(3) == "row 3"
+
+
+@pytest.mark.parametrize("shape", [(64, 48, 3), (3, 64, 48), (64, 48, 1), (64, 48, 4), (7, 9, 3)])
+def test_an_array_that_is_one_image_or_many_is_refused_and_both_can_be_said(tmp_path, shape):
+    array = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match="a.npy: images must be .*, if they are one image, or .*; got") as caught:
+        load_images(tmp_path / "a.npy")
+    np.save(tmp_path / "many.npy", array[..., None])
+    assert f"{array[..., None].shape}, if they are {shape[0]} in grey" in str(caught.value)
+    assert np.array_equal(load_images(tmp_path / "many.npy").pixels[:, 0], array)
+    if shape[-1] < 4:
+        np.save(tmp_path / "one.npy", array[None])
+        assert (
+            f"{array[None].shape}, if they are one" in str(caught.value) and len(load_images(tmp_path / "one.npy")) == 1
+        )
+
+
+def test_labels_tell_images_from_channels(tmp_path):
+    for shape in ((64, 48, 3), (3, 64, 48)):
+        array = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+        np.savez(tmp_path / "a.npz", images=array, labels=np.arange(shape[0]))
+        assert np.array_equal(load_images(tmp_path / "a.npz").pixels[:, 0], array)
+        np.savez(tmp_path / "a.npz", images=array, labels=np.arange(shape[0] - 1))
+        with pytest.raises(ValueError, match="which may be either"):
+            load_images(tmp_path / "a.npz")
+    np.save(tmp_path / "small.npy", DRAWN[0])  # (3, 6, 4): no photograph is so small
+    assert np.array_equal(load_images(tmp_path / "small.npy").pixels[:, 0], DRAWN[0])
+
+
+@pytest.mark.parametrize("labels, message", [
+    (np.array([True] * 5), "integers of 64 bits, got bool"), (np.full(5, 2**64 - 1, np.uint64), "integers of 64 bits"),
+    (np.arange(5)[:, None], "int64"), (np.array(["a"] * 5), "integers of 64 bits, got <U1"), (np.int64(3), "int64"),
+])  # fmt: skip
+def test_labels_of_odd_types_are_refused_by_name(tmp_path, labels, message):
+    np.savez(tmp_path / "a.npz", images=DRAWN, labels=labels)
+    with pytest.raises(ValueError, match=f"a.npz: labels must be {message}"):
+        load_images(tmp_path / "a.npz")
+
+
+def fill(root, **counts):
+    "Write so many pictures into each folder, whose level is the index of the folder; return the root."
+    for k, (folder, n) in enumerate(counts.items()):
+        for i in range(n):
+            put(root / folder.replace("__", "/").strip("_") / f"{i}.png", level(10 * k))
+    return root
+
+
+def levels(images):
+    "Return the levels in a collection, sorted."
+    return sorted(set(images.pixels.flatten().tolist()))
+
+
+@pytest.mark.parametrize(
+    "folders, split, wanted, counted",
+    [
+        (dict(train=6, test=6, _=1), "test", [10], 1),  # a preview beside them
+        (dict(train=6, test=6, masks=3), "test", [10], 3),
+        (dict(train=6, test=6, masks=3, _=1), None, [0], 4),
+        (dict(train2017=2, val2017=3, annotations=1), "validation", [10], 1),
+        (dict(images__train=2, images__test=3, labels__train=1), "test", [10], 0),
+        (dict(cat__train=2, cat__test=3, dog__train=2, dog__test=1), "test", [10, 30], 0),
+        (dict(train=2, _=1), None, [0], 1),
+        (dict(train=2, car=3), "train", [0], 3),
+        (dict(my_test_set=2, training_images=3), None, [10], None),
+    ],
+)
+def test_one_split_is_never_mixed_with_another(tmp_path, folders, split, wanted, counted):
+    root = fill(tmp_path / "set", **folders)
+    if counted is None:  # a word in the middle names no split: all of it may be topics
+        with pytest.warns(UserWarning, match="all are read, those in train too; split='train' reads only these"):
+            assert load_images(root).classes == ("my_test_set", "training_images")
+        wanted, split, counted = [10], "train", 2
+    if not counted:
+        images = load_images(root, split=split)
+    else:
+        with pytest.warns(UserWarning, match=f"left out: {counted} files? beside the split") as caught:
+            images = load_images(root, split=split)
+        assert len(caught) == 1
+    assert levels(images) == wanted
+
+
+@pytest.mark.parametrize("source", ["folder", "digits", "a.npy", "a.parquet", "tables"])
+def test_a_split_that_is_not_there_is_refused_for_every_kind_of_source(hf, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "folder", cat=2, dog=1)
+    np.save("a.npy", DRAWN), image_table(hf).to_parquet("a.parquet")
+    (tmp_path / "tables").mkdir(), image_table(hf).to_parquet("tables/a.parquet")
+    for split in ("test", "validation", "train[:2]"):
+        with pytest.raises(ValueError, match=r"^split must be [^\n]*train"):
+            load_images(source, split=split)
+    assert len(load_images(source, split="train")) == len(load_images(source)) > 0
+
+
+def test_a_file_that_is_called_after_a_split_is_that_split(tmp_path, hf):
+    np.save(tmp_path / "my-test.npy", DRAWN), image_table(hf).to_parquet(tmp_path / "val.parquet")
+    assert len(load_images(tmp_path / "my-test.npy", split="test")) == 5
+    assert len(load_images(tmp_path / "val.parquet", split="valid")) == 7
+    with pytest.raises(ValueError, match="split must be train, or left out, for .*val.parquet"):
+        load_images(tmp_path / "val.parquet", split="test")
+
+
+@pytest.mark.parametrize("split, rows", [(None, 7), ("train", 2)])
+@pytest.mark.parametrize("topic", ["photos-of-train-stations", "train", "dev-boards"])
+def test_a_topic_of_tables_may_be_called_like_a_split(hf, tmp_path, topic, split, rows):
+    table = image_table(hf)
+    table.select(range(2)).to_parquet(tmp_path / f"{topic}.parquet")
+    table.select(range(2, 7)).to_parquet(tmp_path / "cars.parquet")
+    split = split and ("validation" if "dev" in topic else split)
+    with pytest.warns(UserWarning, match="all are read, those in" if rows == 7 else "1 file beside the split .*cars"):
+        assert len(load_images(tmp_path, split=split)) == rows
+
+
+def test_tables_beside_two_splits_are_counted(hf, tmp_path):
+    for k, name in enumerate(("data-train", "data-test", "extra")):
+        image_table(hf).select(range(k + 1)).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "README.md").write_text("about")
+    with pytest.warns(UserWarning, match="1 .md file .README.md., 1 file beside the split test .extra.parquet"):
+        assert len(load_images(tmp_path, split="test")) == 2
+
+
+@pytest.mark.parametrize("kind", ["train.json", "checkpoints", "samples", "model", "request.json"])
+def test_what_the_package_wrote_is_never_data(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "photos/runs/cifar10"
+    fill(tmp_path / "photos", cat=2), put(run / "loss.png", level(99))
+    if kind == "samples":
+        put(run / "samples/step-00001000.png", level(98))
+    elif kind == "checkpoints":
+        (run / "checkpoints/step-00000004").mkdir(parents=True)
+    else:
+        text = {"train.json": '{"training": {}, "preset": "digits"}', "request.json": '{"n": 4, "batch_size": 2}'}
+        (run / {"model": "model_index.json"}.get(kind, kind)).write_text(text.get(kind, "{}"))
+    with pytest.warns(UserWarning, match="left out: 1 folder that hold .* of ddpm_lit .runs/cifar10."):
+        assert levels(load_images("photos")) == [0]
+    if kind == "request.json":  # samples that are asked for by their own name
+        return
+    with pytest.raises(ValueError, match="holds a (training run|model) of ddpm_lit: it is no data set"):
+        load_images(run)
+
+
+def test_a_run_is_no_data_set_of_its_name_and_its_grids_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "cifar10/samples/step-00001000.png", level(1))
+    with pytest.warns(UserWarning, match="'cifar10' is read as uoft-cs/cifar10 on the Hub; the folder here holds a"):
+        with pytest.raises(ValueError, match="uoft-cs/cifar10 on the Hugging Face Hub. cannot be read"):
+            load_images("cifar10")
+    with pytest.raises(ValueError, match="no images: .*; it holds 1 grid of samples of a training run"):
+        load_images("cifar10/samples")
+    (tmp_path / "coco").mkdir(), (tmp_path / "coco/train.json").write_text('{"images": []}')
+    put(tmp_path / "coco/1.png", level(3))
+    with pytest.warns(UserWarning, match="coco: left out: 1 .json file .train.json."):
+        assert levels(load_images("coco")) == [3]
+
+
+@pytest.mark.parametrize("name, which", [("digits", 1797), ("mnist", 2), ("fashion_mnist", 2)])
+def test_a_folder_with_the_name_of_a_known_set_is_told_from_it(tmp_path, monkeypatch, name, which):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / name, a=1, b=1)
+    with pytest.warns(UserWarning, match=f"^source '{name}' is read as the .*; the (folder|data set)") as caught:
+        assert len(load_images(name)) == which
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in (f"./{name}", f"{name}/", tmp_path / name, Path(name)):
+            assert len(load_images(path)) == 2
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".pjpeg", ".jif"])
+def test_jpeg_files_under_their_other_names_are_read(tmp_path, suffix):
+    put(tmp_path / f"a{suffix}", level(7), format="JPEG")
+    assert levels(load_images(tmp_path)) == [7]
+
+
+def test_what_is_left_out_is_counted_and_named_in_one_warning(tmp_path):
+    fill(tmp_path / "m", a=3, b=2)
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "b/raw.CR2", "b/no_ending", "labels.csv", ".DS_Store", "b/Thumbs.db"):
+        (tmp_path / "m" / name).write_bytes(b"x")
+    (tmp_path / "m/b/text.png").write_text("a text"), (tmp_path / "m/a/gone.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "m/a/pipe.png")  # reading it would wait for ever
+    pages = [Image.fromarray(level(k)) for k in range(30)]
+    pages[0].save(tmp_path / "m/b/stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning) as caught:
+        images = load_images(tmp_path / "m")
+    (message,) = (str(w.message) for w in caught)
+    parts = [
+        *(
+            "2 images cannot be used",
+            "a/gone.png (No such file or directory)",
+            "1 .cr2 file",
+            "1 file without an ending",
+        ),
+        *("2 .heic files (IMG_1.HEIC, IMG_2.heic)", "1 .csv file", "1 special file (a/pipe.png)"),
+        "1 file without an ending",
+        "29 further pages (b/stack.tif: 29)",
+    ]
+    assert len(images) == 6 and all(part in message for part in parts) and "DS_Store" not in message
+
+
+@pytest.mark.parametrize("code", ["EACCES", "EIO", "ESTALE"])
+def test_what_the_file_system_refuses_is_counted(tmp_path, monkeypatch, code):
+    fill(tmp_path / "m", open=3, shut=2)
+    refuse, scan = OSError(getattr(errno, code), os.strerror(getattr(errno, code))), os.scandir
+
+    def scandir(path):
+        if Path(path).name == "shut":
+            raise refuse
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(UserWarning, match="m: left out: 1 folder that cannot be read .shut."):
+        assert len(load_images(tmp_path / "m")) == 3
+    with pytest.raises(ValueError, match="shut cannot be read: [^\n]*$"):
+        load_images(tmp_path / "m/shut")
+
+
+def test_a_ring_of_links_is_walked_once(tmp_path):
+    for here in "abcdefgh":
+        put(tmp_path / here / "1.png", level(3))
+        for there in "abcdefgh".replace(here, ""):
+            (tmp_path / here / there).symlink_to(tmp_path / there)
+    (tmp_path / "a/self").symlink_to(tmp_path / "a/self")
+    with pytest.warns(UserWarning, match="56 links to a folder that is read already"):
+        assert len(load_images(tmp_path)) == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_no_utf8_are_read_and_printable(tmp_path):
+    root = tmp_path / os.fsdecode(b"K\xf6nig")
+    for name in (b"\xe4/1.png", b"\xfc/2.png", b"\xfc/broken\n.png"):
+        put(root / os.fsdecode(name), level(3))
+    (root / os.fsdecode(b"\xfc/broken\n.png")).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        images = load_images(root)
+    for text in (repr(images), str(caught[0].message), images.name, *images.classes):
+        assert text.encode("utf-8") and "\n" not in text
+    assert (len(images), images.name, images.classes) == (2, "K\\udcf6nig", ("\\udce4", "\\udcfc"))
+    with pytest.raises(ValueError, match="K.*nig/nothing cannot|nothing at|source must") as error:
+        load_images(str(root / "nothing"))
+    assert str(error.value).encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "source", [3, None, b"digits", ["digits"], {"a": 1}, np.zeros((2, 8, 8), np.uint8), torch.zeros(3)]
+)
+def test_a_source_of_another_kind_is_refused_by_name(source):
+    with pytest.raises(ValueError, match="^source must be a text or a path, got [^\n]*$"):
+        load_images(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["", "a" * 5000, "x\0y", "~/no-such-folder", "/no/such/folder", "./nothing", "two\nlines"]
+)
+def test_a_name_of_nothing_is_refused_in_one_line(source):
+    with pytest.raises(ValueError, match="^source must be [^\n]*$") as caught:
+        load_images(source)
+    assert source[:1] not in ("~", "/", ".") or f"there is nothing at {Path(source).expanduser()}" in str(caught.value)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    fill(tmp_path / "photos", a=2), np.save(tmp_path / "a.npy", DRAWN)
+    assert len(load_images("~/photos")) == 2 and len(load_images("~/a.npy")) == 5
+
+
+@pytest.mark.parametrize("name", ["data [v2]", "a*b", "q?", os.fsdecode(b"K\xf6nig")])
+def test_a_folder_of_tables_may_have_any_name(hf, tmp_path, name):
+    image_table(hf).to_parquet(tmp_path / "a[1].parquet")
+    (tmp_path / name).mkdir()
+    (tmp_path / "a[1].parquet").rename(tmp_path / name / "a[1].parquet")
+    for source in (tmp_path / name, tmp_path / name / "a[1].parquet"):
+        assert np.array_equal(load_images(source).pixels[:, 0], FASHION)
+
+
+def test_a_column_of_labels_that_are_none_is_said(hf, tmp_path):
+    image_table(hf, names=None).cast_column("label", hf.Value("string")).to_parquet(tmp_path / "a.parquet")
+    with pytest.warns(UserWarning, match="a: the column label holds no whole numbers: the images have no labels"):
+        assert load_images(tmp_path / "a.parquet").labels is None
