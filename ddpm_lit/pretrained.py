@@ -233,7 +233,7 @@ def save_ddpm(m: DDPM, folder) -> None:
 
     atomic_folder(as_path(folder), write, last="model_index.json")
 
-# %% ../nbs/12_pretrained.ipynb #25
+# %% ../nbs/12_pretrained.ipynb #26
 def _fill(net: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
     "Copy the `tensors` of a file into `net`, in its dtypes; `ValueError` unless it is a module that they fit."
     if not isinstance(net, nn.Module):
@@ -269,7 +269,7 @@ def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
     check_config_of(net, config.get("config", {}), folder)
     return _fill(net, path, read_tensors(path))
 
-# %% ../nbs/12_pretrained.ipynb #27
+# %% ../nbs/12_pretrained.ipynb #28
 def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
     """Read a DDPM from a folder, or download it by its Hub id; on the CPU, in eval mode; half precision as float32.
 
@@ -297,7 +297,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
         m.image_shape = tuple(shape)
     return m.eval()
 
-# %% ../nbs/12_pretrained.ipynb #34
+# %% ../nbs/12_pretrained.ipynb #35
 def download_model(name: str) -> Path:
     "Return the local copy of the Hub model `name`, with the files that `load_ddpm` reads; else `ValueError`."
     with warnings.catch_warnings():
@@ -315,12 +315,12 @@ def download_model(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name!r} is not a folder, and cannot be downloaded from the Hub: {error}") from error
 
-# %% ../nbs/12_pretrained.ipynb #37
+# %% ../nbs/12_pretrained.ipynb #38
 def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
-# %% ../nbs/12_pretrained.ipynb #994ed0cc
+# %% ../nbs/12_pretrained.ipynb #41
 def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
     "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
     from safetensors.torch import save_file
@@ -349,7 +349,7 @@ def check_same_model(m: DDPM, before: DDPM) -> None:
         if name != "sample_size" and value != then.get(name, value):
             raise ValueError(f"{name} must be {then[name]!r}, as in the run to be resumed; got {value!r}")
 
-# %% ../nbs/12_pretrained.ipynb #2e78ca20
+# %% ../nbs/12_pretrained.ipynb #44
 HEARTBEAT, SILENCE = 20.0, 120.0  # seconds
 
 
@@ -370,7 +370,7 @@ def this_machine() -> str:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
-# %% ../nbs/12_pretrained.ipynb #ec51d4ec
+# %% ../nbs/12_pretrained.ipynb #46
 class Claim:
     "The claim of a run on its folder: the file `running.json`, which names machine and process, and is renewed."
 
@@ -417,7 +417,7 @@ class Claim:
         who = f"process {holder.get('process', '?')} on {str(holder.get('machine', '?')).partition(' ')[0]}"
         return f"out must be the folder of one run: {who} trains in {str(self.path.parents[1])!r} (see {self.path})"
 
-# %% ../nbs/12_pretrained.ipynb #6950fd38
+# %% ../nbs/12_pretrained.ipynb #47
 class FolderClaim(Claim):
     "A claim that all processes of a run take together, by `take` or a `with`, and release."
 

@@ -134,7 +134,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
         raise ValueError("precision must be no or bf16 on a CPU, where fp16 is slower than either; got fp16")
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
 
-# %% ../nbs/11_processes.ipynb #f5193d19
+# %% ../nbs/11_processes.ipynb #20
 REFUSED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 REFUSED += ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER")
 OVERRULED = dict(GRADIENT_ACCUMULATION_STEPS="accumulate", MIXED_PRECISION="precision", DYNAMO_BACKEND="compile")
@@ -149,7 +149,7 @@ def check_environment() -> None:
         if value.lower() not in ("no", "1"):  # as accelerate launch always sets them
             logger.warning("ACCELERATE_%s=%s has no effect: %s decides", name, value, setting)
 
-# %% ../nbs/11_processes.ipynb #20
+# %% ../nbs/11_processes.ipynb #23
 def trackers(track: str) -> list[str]:
     "Return the trackers to write curves with; ImportError, with the line to install it, for a missing one."
     if track in ("tensorboard", "wandb") and importlib.util.find_spec(track) is None:
@@ -174,7 +174,7 @@ def make_accelerator(precision: str = "no", track: str = "none", out: str | None
     one = GradientAccumulationPlugin(num_steps=1)
     return import_accelerate().Accelerator(cpu=cpu, gradient_accumulation_plugin=one, **kwargs)
 
-# %% ../nbs/11_processes.ipynb #24
+# %% ../nbs/11_processes.ipynb #26
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
     "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
     batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]
@@ -182,7 +182,7 @@ def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> 
         order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": batch}, step, **order)
 
-# %% ../nbs/11_processes.ipynb #27
+# %% ../nbs/11_processes.ipynb #29
 def shard_batches(n: int, batch_size: int, process: tuple[int, int] | None = None) -> list[tuple[int, Tensor]]:
     "Return the batches of `n` images that `process`, (rank, processes), computes: number, and indices of images."
     if batch_size < 1:
@@ -196,7 +196,7 @@ def undo_sharding(by_process: list[list]) -> list:
     rounds = itertools.zip_longest(*by_process)
     return [item for items in rounds for item in items if item is not None]
 
-# %% ../nbs/11_processes.ipynb #30
+# %% ../nbs/11_processes.ipynb #32
 SEED_STRIDE = 0x9E3779B9
 
 
@@ -210,7 +210,7 @@ def spawn_generators(generator: torch.Generator | None, k: int, device="cpu") ->
     starts = torch.randint(2**31, (k,), generator=generator, device=generator and generator.device)
     return [torch.Generator(device).manual_seed(start) for start in starts.tolist()]
 
-# %% ../nbs/11_processes.ipynb #35
+# %% ../nbs/11_processes.ipynb #37
 def all_reduce_sum(x: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
     "Return the sum of `x` over all processes, each of which must call this."
     if this_process().num_processes == 1:
@@ -238,7 +238,7 @@ def compute_once(make: Callable):
 
     return broadcast_object_list([make() if is_main_process() else None])[0]
 
-# %% ../nbs/11_processes.ipynb #38
+# %% ../nbs/11_processes.ipynb #40
 @contextlib.contextmanager
 def raise_on_all_ranks(accelerator, what: str):
     "If writing `what` fails on one rank, raise OSError on all, so that none hangs in the next collective."
@@ -260,7 +260,7 @@ def check_same_step(accelerator, step: int) -> None:
     if len(set(steps)) > 1:
         raise ValueError(f"out must be one folder that all processes see: they would begin at the steps {steps}")
 
-# %% ../nbs/11_processes.ipynb #41
+# %% ../nbs/11_processes.ipynb #43
 @contextlib.contextmanager
 def fork_rng(seed: int, device: torch.device, state: list[Tensor] | None = None):
     "Fork torch's global RNG (dropout uses it): seed it, or restore `state`, and put the old state back on exit."
@@ -277,7 +277,7 @@ def rng_state(device: torch.device) -> list[Tensor]:
     "Return the state of torch's global generators: that of the CPU and, if `device` is a GPU, that of the GPU."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
-# %% ../nbs/11_processes.ipynb #44
+# %% ../nbs/11_processes.ipynb #46
 class Borrowed:
     "Train mode of `net`, and torch's global generators in a state of the run's own, which starts at `seed`."
 
@@ -313,7 +313,7 @@ class Borrowed:
                 for part, mode in modes.items():
                     part.training = mode
 
-# %% ../nbs/11_processes.ipynb #47
+# %% ../nbs/11_processes.ipynb #49
 class Stopped(KeyboardInterrupt):
     "Raised at the end of a step after the signal of number `signal`, when everything has been saved."
 
@@ -346,7 +346,7 @@ def catch_signals(patient: bool) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/11_processes.ipynb #51
+# %% ../nbs/11_processes.ipynb #53
 @contextlib.contextmanager
 def run_context(accelerator, borrowed: Borrowed, settings: dict | None, step: int) -> Iterator[list[int]]:
     "Surround the loop of a run at `step`, with `settings` for its trackers; yield the list of the signals caught."
@@ -357,7 +357,7 @@ def run_context(accelerator, borrowed: Borrowed, settings: dict | None, step: in
             stack.callback(tracker.finish)
         yield stack.enter_context(catch_signals(patient=accelerator.num_processes > 1))
 
-# %% ../nbs/11_processes.ipynb #54
+# %% ../nbs/11_processes.ipynb #56
 def any_signal(accelerator, caught: list[int], due: bool) -> int:
     "Return the number of a signal that any process has caught, else 0; several GPUs ask each other only if `due`."
     if accelerator.num_processes == 1:
@@ -366,7 +366,7 @@ def any_signal(accelerator, caught: list[int], due: bool) -> int:
         return 0
     return int(accelerator.gather(torch.tensor(caught[:1] or [0], device=accelerator.device)).max())
 
-# %% ../nbs/11_processes.ipynb #57
+# %% ../nbs/11_processes.ipynb #59
 def progress_bar(disable: bool, desc: str, total: int | None, unit: str, initial: int = 0, unit_scale: bool = False):
     "Return a tqdm bar over `total` units (None: unknown), `initial` of them done, shown on the main process only."
     from tqdm import tqdm
@@ -383,7 +383,7 @@ class StderrHandler(logging.Handler):
 
         tqdm.write(f"ddpm_lit: {record.getMessage()}", file=sys.stderr)
 
-# %% ../nbs/11_processes.ipynb #60
+# %% ../nbs/11_processes.ipynb #62
 MAX_SKIPPED = 20
 
 
@@ -396,7 +396,7 @@ def check_skipped(finite: list[bool], start: int) -> None:
             row = f"{MAX_SKIPPED} steps in a row, from step {step - MAX_SKIPPED + 1} on"
             raise FloatingPointError(f"the loss or its gradient is not finite in {row}")
 
-# %% ../nbs/11_processes.ipynb #62
+# %% ../nbs/11_processes.ipynb #64
 class _LossRecord:
     "Loss and gradient norm of each of `steps` steps, stored on the device."
 
@@ -422,7 +422,7 @@ class _LossRecord:
             logger.warning("step %d: %d of the last %d updates skipped, not finite", step, (~new).sum(), len(new))
         return both[:, new].mean(1).tolist()
 
-# %% ../nbs/11_processes.ipynb #63
+# %% ../nbs/11_processes.ipynb #65
 class TrainingLog(_LossRecord):
     "The record of a run of `steps` steps, read every `every` steps, with a progress bar."
 
