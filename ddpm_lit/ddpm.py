@@ -58,6 +58,18 @@ def as_kind(name: str, kind: type, value):
     return kind(value)
 
 
+def check_trainable(net) -> None:
+    "Raise `ValueError` unless `net` is a module of its own, with parameters in float32 or float64 to be trained."
+    kind = type(net).__name__
+    if not isinstance(net, nn.Module) or not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(f"m.net must be an nn.Module with parameters to train, got {kind}")
+    if kind in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        raise ValueError(f"m.net must be the network itself, which the trainer compiles and distributes, got {kind}")
+    for name, p in net.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"m.net must be float32 or float64 to be trained, got {p.dtype} at {name}")
+
+
 VARIANCES = ("beta", "beta_tilde", "learned")
 
 

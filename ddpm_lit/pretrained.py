@@ -15,7 +15,6 @@ import os
 import re
 import socket
 import threading
-import uuid
 import warnings
 from pathlib import Path
 
@@ -243,10 +242,10 @@ def _fill(net: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
     return net
 
 
-def check_config_of(net: nn.Module, config: dict, source) -> None:
-    "Raise `ValueError` where `net` differs from `config`, that of `source`, in more than dropout and sample_size."
+def check_config_of(net: nn.Module, config: dict, source, free=("dropout", "sample_size")) -> None:
+    "Raise `ValueError` where `net` differs from `config`, that of `source`, in more than what is `free`."
     for name, value in json_config(net).items():
-        if name in config.keys() - {"dropout", "sample_size"} and config[name] != value:
+        if name not in free and value != config.get(name, value):
             raise ValueError(f"net must have {name}={config[name]!r} as {source}, got {value!r}")
 
 
@@ -344,10 +343,7 @@ def check_same_model(m: DDPM, before: DDPM) -> None:
     "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
     words = dict(predicts=before.predicts, variance=before.variance, clip=before.clip)
     m.check_settings("the run to be resumed", before.s.beta.tolist(), **words)
-    then = json_config(before.net)
-    for name, value in json_config(m.net).items():
-        if name != "sample_size" and value != then.get(name, value):
-            raise ValueError(f"{name} must be {then[name]!r}, as in the run to be resumed; got {value!r}")
+    check_config_of(m.net, json_config(before.net), "the run to be resumed", free=("sample_size",))
 
 # %% ../nbs/12_pretrained.ipynb #44
 HEARTBEAT, SILENCE = 20.0, 120.0  # seconds
@@ -372,14 +368,14 @@ def this_machine() -> str:
 
 # %% ../nbs/12_pretrained.ipynb #46
 class Claim:
-    "The claim of a run on its folder: the file `running.json`, which names machine and process, and is renewed."
+    "The claim of a run on its folder (None: none): the file `running.json`, which names machine and process."
 
     training: set[Path] = set()  # where this process trains at this moment
 
-    def __init__(self, folder: Path):
-        self.path, self.stop = folder.resolve() / "running.json", None
+    def __init__(self, folder: Path | None):
+        self.path, self.stop = folder and folder.resolve() / "running.json", None
         me = dict(machine=this_machine(), process=os.getpid(), start=start_time(os.getpid()))
-        self.mine = me | dict(name=uuid.uuid4().hex)
+        self.mine = me | dict(name=os.urandom(8).hex())
 
     def alive(self, holder: dict) -> bool:
         "Return whether the run of a claim, as read from the file, still trains, as far as can be known."
@@ -419,11 +415,11 @@ class Claim:
 
 # %% ../nbs/12_pretrained.ipynb #47
 class FolderClaim(Claim):
-    "A claim that all processes of a run take together, by `take` or a `with`, and release."
+    "A claim that all processes of a run take together, by `take` or `with`, renew, and release."
 
     def take(self) -> None:
         "Let the main process claim the folder, and renew the claim; ValueError on all where another run has it."
-        if self.stop is None:
+        if self.path and self.stop is None:
             refusal = compute_once(self.refusal)
             if refusal:
                 raise ValueError(refusal)

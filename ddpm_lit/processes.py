@@ -56,12 +56,11 @@ def available_cores() -> int:
 def free_memory() -> int:
     "Return the bytes that this process may take: its part of what is free; if unknown of half of all, or of 4 GB."
     try:
-        (free,) = re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(free) * 1024
+        free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0])
         limit = Path("/sys/fs/cgroup/memory.max")
         limit = limit.read_text().strip() if limit.exists() else "max"
         free = min(free, int(limit)) if limit.isdigit() else free
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ()))
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else 4_000_000_000
     return free // local_processes()
@@ -135,15 +134,15 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
 
 # %% ../nbs/11_processes.ipynb #20
-REFUSED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-REFUSED += ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER")
+REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 OVERRULED = dict(GRADIENT_ACCUMULATION_STEPS="accumulate", MIXED_PRECISION="precision", DYNAMO_BACKEND="compile")
 
 
 def check_environment() -> None:
     "Raise ValueError for a variable of accelerate that is not implemented; warn of one that a setting overrules."
-    for name in filter(is_set, REFUSED):
-        raise ValueError(f"{name} must not be set: every process trains the complete network")
+    for name in REFUSED:
+        if is_set(f"ACCELERATE_USE_{name}"):
+            raise ValueError(f"ACCELERATE_USE_{name} must not be set: every process trains the complete network")
     for name, setting in OVERRULED.items():
         value = environment(f"ACCELERATE_{name}") or "no"
         if value.lower() not in ("no", "1"):  # as accelerate launch always sets them
@@ -163,16 +162,15 @@ def trackers(track: str) -> list[str]:
 def make_accelerator(precision: str = "no", track: str = "none", out: str | None = None):
     "Return accelerate's `Accelerator` with mixed `precision`, and with the trackers that write curves into `out`."
     check_environment()
-    cpu = this_process().device.type == "cpu"
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin as Accumulation
 
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()  # else accelerate refuses a second precision in one session
     written = trackers(track) if out is not None else []
     kwargs = dict(mixed_precision=precision, log_with=written or None, project_dir=out, dynamo_backend="no")
-    one = GradientAccumulationPlugin(num_steps=1)
-    return import_accelerate().Accelerator(cpu=cpu, gradient_accumulation_plugin=one, **kwargs)
+    kwargs |= dict(cpu=this_process().device.type == "cpu", gradient_accumulation_plugin=Accumulation(num_steps=1))
+    return import_accelerate().Accelerator(**kwargs)
 
 # %% ../nbs/11_processes.ipynb #26
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:

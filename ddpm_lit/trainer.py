@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ddpm_lit
 from ddpm_lit import pretrained, processes
-from ddpm_lit.ddpm import DDPM, as_kind, one_of
+from ddpm_lit.ddpm import DDPM, as_kind, check_trainable, one_of
 from ddpm_lit.files import Checkpoints, as_path, atomic_folder, writable_folder
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, image_grid, save_grid
@@ -172,19 +172,7 @@ def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> 
     if drop > 0 and rows != classes + 1:
         raise ValueError(f"drop_labels must be 0 unless num_class_embeds is {classes} + 1 (a null label), got {rows}")
     if drop == 0 and rows == classes + 1:
-        raise ValueError(f"drop_labels must be above 0 for num_class_embeds={rows}: the images have {classes} classes")
-
-
-def check_network(net: nn.Module) -> None:
-    "Raise ValueError where a network cannot be trained."
-    kind = type(net).__name__
-    if not isinstance(net, nn.Module) or not any(p.requires_grad for p in net.parameters()):
-        raise ValueError(f"m.net must be an nn.Module with parameters to train, got {kind}")
-    if kind in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        raise ValueError(f"m.net must be the network itself, which the trainer compiles and distributes, got {kind}")
-    for name, p in net.named_parameters():
-        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"m.net must be float32 or float64, to train with precision=…, got {p.dtype} at {name}")
+        raise ValueError(f"drop_labels must be above 0 for num_class_embeds={rows} and {classes} classes of images")
 
 
 def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
@@ -193,7 +181,7 @@ def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
         raise ValueError(f"m must be a DDPM, got {type(m).__name__}")
     if not isinstance(images, Images | StoredImages):
         raise ValueError(f"images must be Images, as load_images returns them, got {type(images).__name__}")
-    check_network(m.net)
+    check_trainable(m.net)
     pretrained.model_files(m)  # what cannot be saved is refused now
     if m.variance == "learned" and c.objective == "simple":
         raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
@@ -258,7 +246,7 @@ class _TrainingState(_TrainingStep):
 
     def load_state_dict(self, state: dict) -> None:
         "Restore what `state_dict` returned, before `fit`; ValueError where that has done more than `config.steps`."
-        adam, parameters, (rank, processes) = {}, list(self.net.parameters()), self.process
+        adam, parameters, (rank, count) = {}, list(self.net.parameters()), self.process
         if state["step"] > self.config.steps:
             raise ValueError(f"steps must be at least the {state['step']} that are done, got {self.config.steps}")
         for name, value in with_prefix(state, "adam.").items():
@@ -268,8 +256,7 @@ class _TrainingState(_TrainingStep):
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
         for prefix, m in (("net.", self.m), ("ema.", self.ema)):
             m.net.load_state_dict(with_prefix(state, prefix))
-        random = with_prefix(state, "random.")
-        random = [random[kind][rank] for kind in ("cpu", "cuda") if len(random.get(kind, ())) == processes]
+        random = [rows[rank] for _, rows in sorted(with_prefix(state, "random.").items()) if len(rows) == count]
         if len(random) >= len(self.borrowed.state):  # else each process starts its own anew
             self.borrowed.restore(random[: len(self.borrowed.state)])
         if state.get("scale") and self.accelerator.scaler:
@@ -287,8 +274,8 @@ class _TrainingState(_TrainingStep):
 def run_metadata(trainer: "Trainer", state: dict) -> dict:
     "Return what a checkpoint says about its run in words and numbers."
     numbers = dict(version=ddpm_lit.__version__, step=state["step"], seen=state["seen"], scale=state.get("scale"))
-    images = dict(images=repr(trainer.images), data=trainer.data)
-    return numbers | dict(processes=trainer.process[1], **images, config=asdict(trainer.config))
+    numbers |= dict(processes=trainer.process[1], images=repr(trainer.images), data=trainer.data)
+    return numbers | dict(config=asdict(trainer.config))
 
 # %% ../nbs/16_training.ipynb #43
 HARMLESS = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress", "workers")
@@ -307,15 +294,14 @@ def resume_run(trainer: "Trainer", folder: Path) -> None:
     pretrained.check_same_model(trainer.m, before)
     new = run_metadata(trainer, state)
     if old.get("data", new["data"]) != new["data"]:
-        raise ValueError(f"images must be those of the run to be resumed, {old['images']}; got others, {new['images']}")
+        raise ValueError(f"images must be those of the run to be resumed, {old['images']}: the pixels are others")
     trainer.load_state_dict(state)
     same = ("images",) if "data" in old else ()  # the pixels are, whatever they are called
     old, new = ({k: x[k] for k in ("processes", "images")} | asdict(TrainConfig()) | x["config"] for x in (old, new))
     for name in new:
         if name not in (*HARMLESS, *same) and new[name] != old[name]:
             logger.warning("resumed with %s %s; before it was %s", name, new[name], old[name])
-    leap = rate_leap(_Recipe(**{f.name: old[f.name] for f in fields(_Recipe)}), trainer.config, trainer.step)
-    if leap:
+    if leap := rate_leap(_Recipe(**{f.name: old[f.name] for f in fields(_Recipe)}), trainer.config, trainer.step):
         logger.warning("resumed: %s", leap)
 
 # %% ../nbs/16_training.ipynb #46
@@ -324,11 +310,11 @@ def open_checkpoints(c: TrainConfig) -> Checkpoints | None:
     if c.out is None:
         return None
     checkpoints = Checkpoints(c.out, c.keep, c.keep_every)
+    done = max(checkpoints.steps(), default=0)
     if c.resume and not checkpoints.folder.is_dir():
         raise ValueError(f"out must be the folder of a run to be resumed, got {c.out!r}, which holds none")
-    if checkpoints.steps() and not c.resume:
-        done = f"{c.out!r} holds a run of {checkpoints.steps()[-1]} steps"
-        raise ValueError(f"out must be another folder, or resume be set: {done}")
+    if done and not c.resume:
+        raise ValueError(f"out must be another folder, or resume be set: {c.out!r} holds a run of {done} steps")
     writable_folder(checkpoints.folder)  # also the sign that a run has begun here
     return checkpoints
 
@@ -379,18 +365,16 @@ class _Run(_TrainingState):
         if pretrained.json_config(m.net).get("sample_size") is None:
             m.image_shape = images.shape
         self.checkpoints = open_checkpoints(c)
-        self.claim = pretrained.FolderClaim(self.checkpoints.folder) if self.checkpoints else contextlib.nullcontext()
+        self.claim = pretrained.FolderClaim(self.checkpoints and self.checkpoints.folder)
         with contextlib.ExitStack() as undo:
-            if self.checkpoints:
-                self.claim.take()
-                undo.callback(weakref.finalize(self, self.claim.release))
+            self.claim.take()
+            undo.callback(weakref.finalize(self, self.claim.release))
             super().__init__(m, c, processes.make_accelerator(c.precision, c.track, c.out))
             self.data = data_digest(images) if self.checkpoints else None
-            newest = self.checkpoints and self.checkpoints.newest()
-            if newest:
+            if newest := self.checkpoints and self.checkpoints.newest():
                 resume_run(self, newest)
-            make = dict(process=self.process, workers=c.workers, labels=True)
-            self.batches = ImageBatches(images, c.batch_size, self.device, c.seed, c.flip, **make)
+            source, stream = (images, c.batch_size, self.device), (c.seed, c.flip, 0, self.process)
+            self.batches = ImageBatches(*source, *stream, c.workers, labels=True)
             processes.check_same_step(self.accelerator, self.step)
             undo.pop_all()
         logger.info("%s; processes: %d; from step %d on", self.batches.describe(), self.process[1], self.step)
