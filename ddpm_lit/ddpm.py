@@ -48,6 +48,26 @@ def one_of(name: str, value: str, allowed) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
+VARIANCES = ("beta", "beta_tilde", "learned")
+
+
+def first_step_patched(s: Schedule) -> Float64[Tensor, "T"]:
+    "Return `beta_tilde` with its first entry, 0, replaced by the second: a density needs a variance above 0."
+    table = beta_tilde(s)
+    return torch.cat([table[1:2], table[1:]])
+
+
+def reverse_variance(s: Schedule, variance: str, x_t: Float[Tensor, "b ..."], t, v: Tensor | None = None) -> Tensor:
+    "Return the variance of p_theta(x_{t-1} | x_t), one of `VARIANCES`; the learned one needs `v` in [-1, 1]."
+    if variance == "beta":
+        return at(s.beta, t, x_t)
+    low = first_step_patched(s)
+    if variance == "beta_tilde":
+        return at(low, t, x_t)
+    fraction = (1 + v) / 2
+    return (fraction * at(s.beta.log(), t, x_t) + (1 - fraction) * at(low.log(), t, x_t)).exp()
+
+# %% ../nbs/04_reverse.ipynb #16
 def as_kind(name: str, kind: type, value):
     "Return `value`, of Python, NumPy or torch, as a bool or a float; `ValueError`, naming it, where it is no `kind`."
     value = value.item() if getattr(value, "ndim", None) == 0 else value
@@ -69,27 +89,7 @@ def check_trainable(net) -> None:
         if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"m.net must be float32 or float64 to be trained, got {p.dtype} at {name}")
 
-
-VARIANCES = ("beta", "beta_tilde", "learned")
-
-
-def first_step_patched(s: Schedule) -> Float64[Tensor, "T"]:
-    "Return `beta_tilde` with its first entry, 0, replaced by the second: a density needs a variance above 0."
-    table = beta_tilde(s)
-    return torch.cat([table[1:2], table[1:]])
-
-
-def reverse_variance(s: Schedule, variance: str, x_t: Float[Tensor, "b ..."], t, v: Tensor | None = None) -> Tensor:
-    "Return the variance of p_theta(x_{t-1} | x_t), one of `VARIANCES`; the learned one needs `v` in [-1, 1]."
-    if variance == "beta":
-        return at(s.beta, t, x_t)
-    low = first_step_patched(s)
-    if variance == "beta_tilde":
-        return at(low, t, x_t)
-    fraction = (1 + v) / 2
-    return (fraction * at(s.beta.log(), t, x_t) + (1 - fraction) * at(low.log(), t, x_t)).exp()
-
-# %% ../nbs/04_reverse.ipynb #16
+# %% ../nbs/04_reverse.ipynb #18
 class _Network(nn.Module):
     "Network, schedule, kind of prediction, variance and clipping: the settings of a `DDPM`."
 
@@ -129,7 +129,7 @@ class _Network(nn.Module):
             raise ValueError(f"image_shape must be (channels, height, width), got {tuple(shape)}")
         self._shape = tuple(as_integer("image_shape", size, least=1) for size in shape)
 
-# %% ../nbs/04_reverse.ipynb #19
+# %% ../nbs/04_reverse.ipynb #21
 class _Complete(_Network):
     "A network whose `state_dict` says which model it belongs to."
 
@@ -159,7 +159,7 @@ class _Complete(_Network):
         state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())  # earlier ones hold no settings
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-# %% ../nbs/04_reverse.ipynb #22
+# %% ../nbs/04_reverse.ipynb #24
 class _Denoiser(_Complete):
     "A network whose output is read as a prediction of x_0, at every (x_t, t)."
 
@@ -192,7 +192,7 @@ class _Denoiser(_Complete):
         other._shape = self._shape
         return other.train(self.training)
 
-# %% ../nbs/04_reverse.ipynb #26
+# %% ../nbs/04_reverse.ipynb #28
 class DDPM(_Denoiser):
     """The reverse process p_theta(x_{t-1} | x_t): a network, a schedule, what it predicts and which variance.
 
@@ -228,7 +228,7 @@ class DDPM(_Denoiser):
         "Read a model from a folder or the Hub; pass a network that is no `UNet` as `net`. See `load_ddpm`."
         return import_module("ddpm_lit.pretrained").load_ddpm(source, net)
 
-# %% ../nbs/04_reverse.ipynb #34
+# %% ../nbs/04_reverse.ipynb #36
 def two_points(s: Schedule, a: float = 0.8) -> Callable:
     "Return the exact network for data whose entries are -a or +a with equal odds: it predicts E[x_0 | x_t]."
     return lambda x_t, t: a * torch.tanh(a * at(s.alpha_bar.sqrt() / (1 - s.alpha_bar), t, x_t) * x_t)

@@ -126,7 +126,7 @@ def remove_folder(folder: Path) -> None:
         folder.rename(old)
         shutil.rmtree(old)
 
-# %% ../nbs/10_files.ipynb #24
+# %% ../nbs/10_files.ipynb #25
 def atomic_folder(folder: Path, write: Callable[[Path], None], last: str | None = None) -> None:
     """Replace `folder` by what `write` writes into a temporary folder; if `write` fails, nothing changes.
 
@@ -165,7 +165,7 @@ def _rename_files(temporary: Path, folder: Path, files: list[Path], last: str) -
         os.replace(path, target)
         fsync_path(target.parent)
 
-# %% ../nbs/10_files.ipynb #30
+# %% ../nbs/10_files.ipynb #31
 def find_damage(folder: Path) -> str | None:
     "Return the first fault of a folder written by `atomic_folder`: a file missing, cut or changed; None if all agree."
     try:
@@ -181,7 +181,7 @@ def find_damage(folder: Path) -> str | None:
         return f"manifest.json: {error}"
     return None
 
-# %% ../nbs/10_files.ipynb #33
+# %% ../nbs/10_files.ipynb #34
 class Checkpoints:
     """The checkpoints of the run folder `run`, named by the number of steps done: `checkpoints/step-00001000` ….
 
@@ -218,7 +218,7 @@ class Checkpoints:
             if not (self.every and old % self.every == 0):
                 remove_folder(self.path(old))
 
-# %% ../nbs/10_files.ipynb #38
+# %% ../nbs/10_files.ipynb #39
 def model_folder(run) -> Path:
     "Return the folder of the newest model of a run; `run` itself may be a model folder; else `ValueError`."
     run = as_path(run)
@@ -228,7 +228,7 @@ def model_folder(run) -> Path:
     reason = "holds no model" if run.is_dir() else "does not exist"
     raise ValueError(f"run must be the folder of a training run, but {str(run)!r} {reason}")
 
-# %% ../nbs/10_files.ipynb #41
+# %% ../nbs/10_files.ipynb #42
 class CachedBatches:
     """The finished batches of a request, as files in `folder`; subclasses define `suffix`, `_write`, `has` and `read`.
 
@@ -259,7 +259,7 @@ class CachedBatches:
         entries = [(name, old.get(name), new) for name, new in self.request.items() if old.get(name) != new]
         return [entry for entry in entries if not (entry[0] == "n" and continued)]
 
-# %% ../nbs/10_files.ipynb #42
+# %% ../nbs/10_files.ipynb #43
 class _BatchFiles(CachedBatches):
     "Batch `i` in a file of its own."
 
@@ -277,7 +277,7 @@ class _BatchFiles(CachedBatches):
         "Return the indices of the batches that are not finished."
         return [i for i in range(len(self.sizes)) if not self.has(i)]
 
-# %% ../nbs/10_files.ipynb #44
+# %% ../nbs/10_files.ipynb #45
 class CachedSamples(_BatchFiles):
     "Batches of sampled images, each an array."
 
@@ -301,7 +301,7 @@ class CachedSamples(_BatchFiles):
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "n c h w"]]:
         return map(self.read, range(len(self.sizes)))
 
-# %% ../nbs/10_files.ipynb #48
+# %% ../nbs/10_files.ipynb #49
 def save_npz(path: Path, cache: CachedSamples) -> None:
     "Write all batches of `cache` as the array `images` of one .npz file; at most one batch is in memory."
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -313,7 +313,7 @@ def save_npz(path: Path, cache: CachedSamples) -> None:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(batch.tobytes())
 
-# %% ../nbs/10_files.ipynb #51
+# %% ../nbs/10_files.ipynb #52
 class CachedPictures(CachedSamples):
     "The same as PNG files, one for each image: 00000.png and so on, without a frame."
 
@@ -344,7 +344,7 @@ class CachedPictures(CachedSamples):
         pixels = np.stack([np.asarray(Image.open(self.path(k))) for k in self.indices(i)])
         return pixels[:, None] if pixels.ndim == 3 else np.ascontiguousarray(rearrange(pixels, "n h w c -> n c h w"))
 
-# %% ../nbs/10_files.ipynb #54
+# %% ../nbs/10_files.ipynb #55
 class CachedSums(_BatchFiles, MutableMapping):
     "The sums of each batch of a data set's bound, by the index of the batch; not finite sums count as missing."
 
@@ -385,7 +385,7 @@ class CachedSums(_BatchFiles, MutableMapping):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-# %% ../nbs/10_files.ipynb #57
+# %% ../nbs/10_files.ipynb #58
 def open_cache(kind: type[CachedBatches], folder: Path, request: dict) -> CachedBatches:
     "Open the cache in `folder`; discard it first if it belongs to a different request."
     try:
@@ -409,7 +409,7 @@ def note_cached(cache: CachedBatches, what: str = ""):
             error.add_note(f"{what}{done} of {n} images are cached in {cache.folder}; the same command resumes there")
         raise
 
-# %% ../nbs/10_files.ipynb #60
+# %% ../nbs/10_files.ipynb #61
 MODEL_FILES = ("*config.json", "model_index.json", "diffusion_pytorch_model.*", "unet/*", "scheduler/*", "net/*")
 
 
@@ -421,7 +421,7 @@ def model_digest(folder: Path) -> str:
         parts += [f"{path.relative_to(folder).as_posix()} {size}\n".encode(), bytes.fromhex(sha256)]
     return digest(*parts)[:12]
 
-# %% ../nbs/10_files.ipynb #63
+# %% ../nbs/10_files.ipynb #64
 def download_checked(path: Path | None, url: str, sha256: str) -> Path:
     """Return `path`, or the cached download of `url` if `path` is None; its SHA-256 must be `sha256`.
 

@@ -366,29 +366,31 @@ def this_machine() -> str:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
+
+TRAINING: set[Path] = set()  # the claims under which this process trains at this moment
+
+
+def is_alive(path: Path, holder: dict, mine: dict) -> bool:
+    "Return whether the run whose claim `holder` is in the file `path` still trains, as far as the one of `mine` knows."
+    machine, process, start = (holder.get(name) for name in ("machine", "process", "start"))
+    if (machine, process, start) == tuple(mine.values())[:3]:
+        return path in TRAINING
+    if machine == mine["machine"] and start:
+        return start == start_time(process)
+    clock = path.with_name(f".{mine['name']}")  # the time of the disk, not of this machine
+    clock.touch()
+    silence = clock.stat().st_mtime - path.stat().st_mtime
+    clock.unlink()
+    return silence < SILENCE
+
 # %% ../nbs/12_pretrained.ipynb #46
 class Claim:
     "The claim of a run on its folder (None: none): the file `running.json`, which names machine and process."
-
-    training: set[Path] = set()  # where this process trains at this moment
 
     def __init__(self, folder: Path | None):
         self.path, self.stop = folder and folder.resolve() / "running.json", None
         me = dict(machine=this_machine(), process=os.getpid(), start=start_time(os.getpid()))
         self.mine = me | dict(name=os.urandom(8).hex())
-
-    def alive(self, holder: dict) -> bool:
-        "Return whether the run of a claim, as read from the file, still trains, as far as can be known."
-        machine, process, start = (holder.get(name) for name in ("machine", "process", "start"))
-        if (machine, process, start) == tuple(self.mine.values())[:3]:
-            return self.path in Claim.training
-        if machine == self.mine["machine"] and start:
-            return start == start_time(process)
-        clock = self.path.with_name(f".{self.mine['name']}")  # the time of the disk, not of this machine
-        clock.touch()
-        silence = clock.stat().st_mtime - self.path.stat().st_mtime
-        clock.unlink()
-        return silence < SILENCE
 
     def holder(self) -> dict:
         "Return the claim in the file; {} where there is none, or where it is being written."
@@ -406,10 +408,9 @@ class Claim:
             except FileExistsError:
                 holder = self.holder()
                 with contextlib.suppress(FileNotFoundError):  # released meanwhile
-                    if self.alive(holder):
+                    if is_alive(self.path, holder, self.mine):
                         break
-                    stale = self.path.rename(self.path.with_name(f".{self.mine['name']}"))  # one taker gets it
-                    stale.unlink()
+                    self.path.rename(self.path.with_name(f".{self.mine['name']}")).unlink()  # one taker gets it
         who = f"process {holder.get('process', '?')} on {str(holder.get('machine', '?')).partition(' ')[0]}"
         return f"out must be the folder of one run: {who} trains in {str(self.path.parents[1])!r} (see {self.path})"
 
@@ -420,8 +421,7 @@ class FolderClaim(Claim):
     def take(self) -> None:
         "Let the main process claim the folder, and renew the claim; ValueError on all where another run has it."
         if self.path and self.stop is None:
-            refusal = compute_once(self.refusal)
-            if refusal:
+            if refusal := compute_once(self.refusal):
                 raise ValueError(refusal)
             self.stop = threading.Event()
             threading.Thread(target=self.renew, args=(self.stop,), daemon=True).start()
@@ -437,14 +437,14 @@ class FolderClaim(Claim):
         if self.stop is not None and self.mine["process"] == os.getpid():
             self.stop.set()
             self.stop = None
-            Claim.training.discard(self.path)
+            TRAINING.discard(self.path)
             with contextlib.suppress(OSError):
                 if self.holder() == self.mine:
                     self.path.unlink()
 
     def __enter__(self) -> None:
         self.take()
-        Claim.training.add(self.path)
+        TRAINING.add(self.path)
 
     def __exit__(self, *_) -> None:
         self.release()

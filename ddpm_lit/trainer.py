@@ -110,7 +110,7 @@ class TrainConfig(_Recipe):
 LEAST = dict(steps=1, batch_size=1, accumulate=1, warmup=0, seed=0, save_every=1, keep=1, keep_every=0, log_every=1)
 
 
-def as_setting(name: str, kind: type, value):
+def as_setting(name: str, kind, value):
     "Return `value` as the plain Python that JSON holds; ValueError, naming the setting, where it is no `kind`."
     if kind is int or (name == "workers" and value is not None):
         return as_integer(name, value, LEAST.get(name, 0), 2**63 - 1)
@@ -229,11 +229,7 @@ class _TrainingState(_TrainingStep):
     "A training step whose state can be saved and restored; every process must take part in both."
 
     def state_dict(self) -> dict:
-        """Return all that training changes, by name.
-
-        Tensors: `net.*`, `ema.*`, `adam.*`, the `losses` and `norms` of all steps, and generators: `noise`, `random.*`
-        (a row for each process). Numbers: `step`, `seen`, and with fp16 the dict `scale`.
-        """
+        "Return all that training changes, by name: tensors, the numbers `step` and `seen`, with fp16 the dict `scale`."
         adam = self.optimizer.state_dict()["state"]
         state = {f"adam.{i}.{name}": value for i, values in adam.items() for name, value in values.items()}
         for prefix, m in (("net", self.m), ("ema", self.ema)):
@@ -241,8 +237,8 @@ class _TrainingState(_TrainingStep):
         for kind, value in zip(("cpu", "cuda"), self.borrowed.random(), strict=False):
             state[f"random.{kind}"] = self.accelerator.gather(value.to(self.device)[None])  # (processes, bytes)
         state |= dict(losses=self.log.losses[: self.step], norms=self.log.norms[: self.step])
-        scale = dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
-        return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen) | scale
+        state |= dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
+        return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen)
 
     def load_state_dict(self, state: dict) -> None:
         "Restore what `state_dict` returned, before `fit`; ValueError where that has done more than `config.steps`."
@@ -356,10 +352,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
 class _Run(_TrainingState):
     "A run on `images`: its state, its checkpoints, its batches, and the gradient of a step."
 
-    def __init__(
-        self, m: DDPM, images: Images | StoredImages, config: TrainConfig | None = None, draw: Callable | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ):  # fmt: skip
+    def __init__(self, m: DDPM, images, config: TrainConfig | None = None, draw=None, on_step: Callable | None = None):
         c, self.images, self.draw, self.on_step = config or TrainConfig(), images, draw, on_step
         check_model(m, images, c)
         if pretrained.json_config(m.net).get("sample_size") is None:
