@@ -162,15 +162,13 @@ def trackers(track: str) -> list[str]:
 def make_accelerator(precision: str = "no", track: str = "none", out: str | None = None):
     "Return accelerate's `Accelerator` with mixed `precision`, and with the trackers that write curves into `out`."
     check_environment()
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin as Accumulation
-
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        AcceleratorState._reset_state()  # else accelerate refuses a second precision in one session
+    accelerate, cpu = import_accelerate(), this_process().device.type == "cpu"
+    if accelerate.state.AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        accelerate.state.AcceleratorState._reset_state()  # else it refuses a second precision in one session
     written = trackers(track) if out is not None else []
     kwargs = dict(mixed_precision=precision, log_with=written or None, project_dir=out, dynamo_backend="no")
-    kwargs |= dict(cpu=this_process().device.type == "cpu", gradient_accumulation_plugin=Accumulation(num_steps=1))
-    return import_accelerate().Accelerator(**kwargs)
+    one = accelerate.utils.GradientAccumulationPlugin(num_steps=1)
+    return accelerate.Accelerator(cpu=cpu, gradient_accumulation_plugin=one, **kwargs)
 
 # %% ../nbs/11_processes.ipynb #26
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
@@ -289,9 +287,10 @@ class Borrowed:
         return rng_state(self.device) if self.in_use else self.state
 
     def restore(self, state: list[Tensor]) -> None:
-        "Let the run's own generators continue from `state`, before they are in use."
+        "Let the run's own generators, not in use, continue from `state`, if that has one for each."
         # set_rng_state reads a view's whole storage; clone to keep only its own bytes
-        self.state = [value.clone().cpu() for value in state]
+        if len(state) >= len(self.state):
+            self.state = [value.clone().cpu() for value in state[: len(self.state)]]
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:

@@ -253,8 +253,7 @@ class _TrainingState(_TrainingStep):
         for prefix, m in (("net.", self.m), ("ema.", self.ema)):
             m.net.load_state_dict(with_prefix(state, prefix))
         random = [rows[rank] for _, rows in sorted(with_prefix(state, "random.").items()) if len(rows) == count]
-        if len(random) >= len(self.borrowed.state):  # else each process starts its own anew
-            self.borrowed.restore(random[: len(self.borrowed.state)])
+        self.borrowed.restore(random)
         if state.get("scale") and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scale"])
         self.step, self.seen = state["step"], state["seen"]
