@@ -177,10 +177,11 @@ def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> 
 
 def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
     "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
-    if not isinstance(m, DDPM):
-        raise ValueError(f"m must be a DDPM, got {type(m).__name__}")
-    if not isinstance(images, Images | StoredImages):
-        raise ValueError(f"images must be Images, as load_images returns them, got {type(images).__name__}")
+    kinds = dict(m=(m, DDPM, "a DDPM"), config=(c, TrainConfig, "a TrainConfig"))
+    kinds |= dict(images=(images, Images | StoredImages, "Images, as load_images returns them"))
+    for name, (value, kind, words) in kinds.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be {words}, got {type(value).__name__}")
     check_trainable(m.net)
     pretrained.model_files(m)  # what cannot be saved is refused now
     if m.variance == "learned" and c.objective == "simple":
@@ -204,7 +205,10 @@ class _TrainingStep:
         self.net = m.to(self.device).net
         if config.channels_last:
             self.net.to(memory_format=torch.channels_last)
-        self.average = AveragedModel(self.net, multi_avg_fn=ema_update(config.ema))
+        try:
+            self.average = AveragedModel(self.net, multi_avg_fn=ema_update(config.ema))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"m.net must be a network that copy.deepcopy can copy: {error}") from error
         self.ema = m.with_net(self.average.module).eval()
         self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr, fused=True)  # one kernel for all tensors
         self.noise = torch.Generator(self.device).manual_seed(config.seed)

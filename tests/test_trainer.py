@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -880,6 +881,12 @@ def test_settings_are_plain_python_whatever_they_came_as(given, plain):
     json.dumps(asdict(TrainConfig(**given)))
 
 
+def with_lock():
+    net = OwnNet()
+    net.lock = threading.Lock()
+    return net
+
+
 def test_what_cannot_be_saved_or_trained_is_refused_before_anything_is_written(digits, tmp_path):
     lazy = torch.nn.Sequential(torch.nn.LazyConv2d(1, 3))
     complex_one = torch.nn.Sequential()
@@ -895,11 +902,14 @@ def test_what_cannot_be_saved_or_trained_is_refused_before_anything_is_written(d
         (DDPM(extra, linear_schedule()), "tensors to be saved, got str at word"),
         (DDPM(torch.compile(tiny().net), linear_schedule()), "the network itself.*OptimizedModule"),
         (DDPM(OwnNet().to("meta"), linear_schedule()), "meta"),
+        (DDPM(with_lock(), linear_schedule()), "a network that copy.deepcopy can copy"),
         (tiny().net, "^m must be a DDPM, got UNet"),
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(m, digits, config(out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("*.*")), "not even a claim is left"
+    with pytest.raises(ValueError, match="^config must be a TrainConfig, got dict"):
+        Trainer(tiny(), digits, dict(steps=3))
 
 
 @pytest.mark.parametrize("images", [torch.utils.data.TensorDataset(torch.rand(4, 1, 8, 8)), torch.rand(4, 1, 8, 8), []])
