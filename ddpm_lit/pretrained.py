@@ -242,11 +242,11 @@ def _fill(net: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
     return net
 
 
-def check_config_of(net: nn.Module, config: dict, source, free=("dropout", "sample_size")) -> None:
+def check_config_of(net, config: dict, source, free=("dropout", "sample_size"), words="net must have {}={!r} as"):
     "Raise `ValueError` where `net` differs from `config`, that of `source`, in more than what is `free`."
     for name, value in json_config(net).items():
         if name not in free and value != config.get(name, value):
-            raise ValueError(f"net must have {name}={config[name]!r} as {source}, got {value!r}")
+            raise ValueError(f"{words.format(name, config[name])} {source}, got {value!r}")
 
 
 def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
@@ -341,9 +341,9 @@ def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
 
 def check_same_model(m: DDPM, before: DDPM) -> None:
     "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
-    words = dict(predicts=before.predicts, variance=before.variance, clip=before.clip)
-    m.check_settings("the run to be resumed", before.s.beta.tolist(), **words)
-    check_config_of(m.net, json_config(before.net), "the run to be resumed", free=("sample_size",))
+    settings, run = dict(predicts=before.predicts, variance=before.variance, clip=before.clip), "the run to be resumed"
+    m.check_settings(run, before.s.beta.tolist(), **settings)
+    check_config_of(m.net, json_config(before.net), run, free=("sample_size",), words="{} must be {!r}, as in")
 
 # %% ../nbs/12_pretrained.ipynb #44
 HEARTBEAT, SILENCE = 20.0, 120.0  # seconds

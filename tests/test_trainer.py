@@ -488,7 +488,7 @@ def test_a_disk_that_is_really_full(digits, tmp_path):
 @pytest.mark.parametrize(
     "other, message",
     [
-        (lambda: tiny(layers_per_block=2), "net must have layers_per_block=1 as the run to be resumed"),
+        (lambda: tiny(layers_per_block=2), "layers_per_block must be 1, as in the run to be resumed, got 2"),
         (lambda: DDPM(tiny().net, linear_schedule(), predicts="v"), "predicts must be 'eps'"),
         (lambda: DDPM(tiny().net, linear_schedule(), variance="beta"), "variance must be 'beta_tilde'"),
         (lambda: DDPM(tiny().net, linear_schedule(beta_T=0.03)), "schedule must be that of the run"),
