@@ -50,8 +50,8 @@ _MOVED = {
         writable_folder write_whole=atomic_folder
     """,
     "processes": """
-        LIMIT=MAX_SKIPPED PRECISIONS STRIDE=SEED_STRIDE Stopped accelerator_for=make_accelerator
-        cores=available_cores curves=tracking end_processes first_process=is_main_process free_memory
+        LIMIT=MAX_SKIPPED PRECISIONS RunLog=TrainingLog STRIDE=SEED_STRIDE Stopped accelerator_for=make_accelerator
+        cores=available_cores curves=run_context end_processes first_process=is_main_process free_memory
         generators=spawn_generators heard_by_all=raise_on_all_ranks hidden_bar=progress_bar in_order=gather_in_order
         in_precision=autocast made_once=compute_once my_turns=shard_batches noted_signals=catch_signals
         own_randomness=fork_rng quiet_accelerate=import_accelerate random_state=rng_state
@@ -61,7 +61,8 @@ _MOVED = {
     "pretrained": """
         OLD_NAMES OLD_WEIGHTS PREDICTION_TYPES SAMPLER_ONLY=IGNORED SCHEDULER_DEFAULTS SCHEDULER_ONLY=ONLY_VALUES
         VARIANCE_TYPES WEIGHTS download=download_model load_ddpm load_schedule=load_scheduler load_unet
-        open_run=load_run read_weights save_ddpm scheduler_config word_for=first_key
+        PASSING=check_same_model open_run=load_run read_weights same_model=check_same_model save_ddpm scheduler_config
+        word_for=first_key write_checkpoint
     """,
     "images": """
         NAMED amount=format_bytes channels_first draw_way=record_trajectory finished=to_batch image_grid load_array
@@ -81,9 +82,8 @@ _MOVED = {
         load_shelf=load_source load_stream loaded=read_ahead survey
     """,
     "trainer": """
-        OBJECTIVES PASSING=check_same_model RunLog=TrainingLog advice=error_advice check_config ema_update
-        go_on=resume_run logger open_checkpoints plot_losses run_facts=run_metadata same_model=check_same_model
-        save_run=save_checkpoint write_checkpoint
+        OBJECTIVES advice=error_advice check_config ema_update go_on=resume_run logger open_checkpoints plot_losses
+        run_facts=run_metadata save_run=save_checkpoint
     """,
     "sampler": """
         Plan Sampling ancestral_plan between=ddim_coefficients compiled_step ddim_plan draw_missing=draw_batches

@@ -6,6 +6,7 @@
 __all__ = ['DDPM']
 
 # %% ../nbs/04_reverse.ipynb #7
+import json
 from collections.abc import Callable
 from importlib import import_module
 
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor, nn
 
-from ddpm_lit.forward import Schedule, at
+from ddpm_lit.forward import Schedule, as_integer, at
 from ddpm_lit.gaussian import Gaussian
 from ddpm_lit.posterior import (
     beta_tilde,
@@ -67,6 +68,28 @@ def reverse_variance(s: Schedule, variance: str, x_t: Float[Tensor, "b ..."], t,
     return (fraction * at(s.beta.log(), t, x_t) + (1 - fraction) * at(low.log(), t, x_t)).exp()
 
 # %% ../nbs/04_reverse.ipynb #16
+def as_kind(name: str, kind: type, value):
+    "Return `value`, of Python, NumPy or torch, as a bool or a float; `ValueError`, naming it, where it is no `kind`."
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if kind is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return kind(value)
+
+
+def check_trainable(net) -> None:
+    "Raise `ValueError` unless `net` is a module of its own, with parameters in float32 or float64 to be trained."
+    kind = type(net).__name__
+    if not isinstance(net, nn.Module) or not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(f"m.net must be an nn.Module with parameters to train, got {kind}")
+    if kind in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        raise ValueError(f"m.net must be the network itself, which the trainer compiles and distributes, got {kind}")
+    for name, p in net.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"m.net must be float32 or float64 to be trained, got {p.dtype} at {name}")
+
+# %% ../nbs/04_reverse.ipynb #18
 class _Network(nn.Module):
     "Network, schedule, kind of prediction, variance and clipping: the settings of a `DDPM`."
 
@@ -76,12 +99,14 @@ class _Network(nn.Module):
         super().__init__()
         one_of("predicts", predicts, PREDICTS)
         one_of("variance", variance, VARIANCES)
-        self.net, self.s, self.predicts, self.variance, self.clip = net, s, predicts, variance, clip
-        self._shape = None
+        if not isinstance(s, Schedule):
+            raise ValueError(f"s must be a Schedule, as linear_schedule returns, got {type(s).__name__}")
+        self.net, self.s, self.predicts, self.variance = net, s, predicts, variance
+        self.clip, self._shape = as_kind("clip", bool, clip), None
 
     def _apply(self, fn, *args, **kwargs):
         # `to`, `cuda` and the like move the schedule too; it stays float64.
-        self.s = self.s.to(fn(torch.empty(0)).device)
+        self.s = self.s.to(fn(torch.empty(0, device=self.s.beta.device)).device)
         return super()._apply(fn, *args, **kwargs)
 
     @property
@@ -100,16 +125,53 @@ class _Network(nn.Module):
 
     @image_shape.setter
     def image_shape(self, shape: tuple[int, int, int]) -> None:
-        self._shape = tuple(shape)
+        if len(shape) != 3:
+            raise ValueError(f"image_shape must be (channels, height, width), got {tuple(shape)}")
+        self._shape = tuple(as_integer("image_shape", size, least=1) for size in shape)
 
-# %% ../nbs/04_reverse.ipynb #19
-class _Denoiser(_Network):
+# %% ../nbs/04_reverse.ipynb #21
+class _Complete(_Network):
+    "A network whose `state_dict` says which model it belongs to."
+
+    def get_extra_state(self) -> UInt8[Tensor, "n"]:
+        "Return the settings, for `state_dict`: JSON in bytes."
+        words = dict(predicts=self.predicts, variance=self.variance, clip=self.clip, image_shape=self._shape)
+        beta = None if self.s.beta.is_meta else self.s.beta.tolist()
+        return torch.frombuffer(bytearray(json.dumps(words | dict(beta=beta)).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: UInt8[Tensor, "n"]) -> None:
+        "Raise `ValueError`, naming the first difference, where `state` has settings of another model."
+        settings = json.loads(bytes(state.tolist()))
+        self.check_settings("the state_dict", **settings)
+        if self._shape is None and settings["image_shape"] is not None:
+            self.image_shape = settings["image_shape"]
+
+    def check_settings(self, source: str, beta: list[float] | None, **words) -> None:
+        "Raise `ValueError`, naming the first difference, unless this is a model with the settings of `source`."
+        for name in ("predicts", "variance", "clip"):
+            if getattr(self, name) != words[name]:
+                raise ValueError(f"{name} must be {words[name]!r}, as in {source}; got {getattr(self, name)!r}")
+        other = self.s.beta if beta is None else torch.tensor(beta, dtype=torch.float64, device=self.s.beta.device)
+        if len(other) != self.s.T or not (other.is_meta or torch.allclose(self.s.beta, other, rtol=1e-6)):
+            raise ValueError(f"the schedule must be that of {source}, with T = {len(other)}; got {self.s}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())  # earlier ones hold no settings
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+# %% ../nbs/04_reverse.ipynb #24
+class _Denoiser(_Complete):
     "A network whose output is read as a prediction of x_0, at every (x_t, t)."
 
     def forward(self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], **cond) -> tuple[Tensor, Tensor | None]:
         "Return the network's prediction and, for a learned variance, the second half of its channels."
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        out = self.net(x_t, t, **cond)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x_t.dtype)
+        out = self.net(x_t.to(dtype), t, **cond)
+        if not torch.is_tensor(out):
+            advice = "; wrap it in one that returns its .sample" if hasattr(out, "sample") else ""
+            raise ValueError(f"net must return a tensor shaped like x_t, got {type(out).__name__}{advice}")
+        out = out if dtype == x_t.dtype else out.to(x_t.dtype)
         out, v = out.chunk(2, dim=1) if self.variance == "learned" else (out, None)
         if out.shape != x_t.shape:
             raise ValueError(f"net must return a tensor shaped like x_t, {tuple(x_t.shape)}, got {tuple(out.shape)}")
@@ -130,7 +192,7 @@ class _Denoiser(_Network):
         other._shape = self._shape
         return other.train(self.training)
 
-# %% ../nbs/04_reverse.ipynb #23
+# %% ../nbs/04_reverse.ipynb #28
 class DDPM(_Denoiser):
     """The reverse process p_theta(x_{t-1} | x_t): a network, a schedule, what it predicts and which variance.
 
@@ -138,7 +200,8 @@ class DDPM(_Denoiser):
     output is: "eps", "x0", "mean" (of the posterior) or "v". `variance` is "beta", "beta_tilde" or "learned"; for the
     last the network returns twice the channels, and the second half interpolates between the other two, in the log.
     `clip`: whether the predicted x_0 is clipped to [-1, 1], unless a call overrides it. `cond` are tensors with one row
-    per image. Raises `ValueError` for other names. Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
+    per image. A `state_dict` holds all of this. Raises `ValueError` for other names.
+    Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
     """
 
     def reverse(self, x_t: Float[Tensor, "b ..."], t, clip: bool | None = None, **cond) -> tuple[Gaussian, Tensor]:
@@ -165,7 +228,7 @@ class DDPM(_Denoiser):
         "Read a model from a folder or the Hub; pass a network that is no `UNet` as `net`. See `load_ddpm`."
         return import_module("ddpm_lit.pretrained").load_ddpm(source, net)
 
-# %% ../nbs/04_reverse.ipynb #31
+# %% ../nbs/04_reverse.ipynb #36
 def two_points(s: Schedule, a: float = 0.8) -> Callable:
     "Return the exact network for data whose entries are -a or +a with equal odds: it predicts E[x_0 | x_t]."
     return lambda x_t, t: a * torch.tanh(a * at(s.alpha_bar.sqrt() / (1 - s.alpha_bar), t, x_t) * x_t)

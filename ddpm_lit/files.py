@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/10_files.ipynb #3
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -58,9 +59,18 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def as_plain(value):
+    "Return the Python number in a NumPy or torch scalar, and a path as text, as JSON needs it; else `TypeError`."
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a value of type {type(value).__name__} is not JSON serializable")
+
+
 def write_json(path: Path, content: dict) -> None:
     "Write `content` as indented JSON by `atomic_write`; bytes of file names that are not UTF-8 are escaped."
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=as_plain) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes them, too
 
@@ -81,7 +91,7 @@ def digest(*parts: bytes) -> str:
 # %% ../nbs/10_files.ipynb #21
 def writable_folder(path) -> Path:
     "Return the folder `path`, made if it is missing; `ValueError` unless files can be written into it."
-    folder = Path(path)
+    folder = as_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -92,14 +102,20 @@ def writable_folder(path) -> Path:
     return folder
 
 
+NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR}
+
+
 def fsync_path(path: Path) -> None:
-    "Wait until the disk holds the content of a file, or the names in a folder."
+    "Wait until the disk holds the content of a file, or the names in a folder, where the file system offers to."
     if path.is_file() or os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            with contextlib.ExitStack() as stack:
+                handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+                stack.callback(os.close, handle)
+                os.fsync(handle)
+        except OSError as error:
+            if error.errno not in NOT_OFFERED:
+                raise
 
 
 def remove_folder(folder: Path) -> None:
@@ -110,7 +126,7 @@ def remove_folder(folder: Path) -> None:
         folder.rename(old)
         shutil.rmtree(old)
 
-# %% ../nbs/10_files.ipynb #24
+# %% ../nbs/10_files.ipynb #25
 def atomic_folder(folder: Path, write: Callable[[Path], None], last: str | None = None) -> None:
     """Replace `folder` by what `write` writes into a temporary folder; if `write` fails, nothing changes.
 
@@ -118,7 +134,7 @@ def atomic_folder(folder: Path, write: Callable[[Path], None], last: str | None 
     `manifest.json` lists each file with size and SHA-256 for `find_damage`. With `last`, the name of one of the files,
     other files in `folder` stay: `last` is removed first and renamed last, so that it vouches for the others.
     """
-    folder = folder.absolute()
+    folder = as_path(folder).absolute()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp" if last else f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -149,7 +165,7 @@ def _rename_files(temporary: Path, folder: Path, files: list[Path], last: str) -
         os.replace(path, target)
         fsync_path(target.parent)
 
-# %% ../nbs/10_files.ipynb #30
+# %% ../nbs/10_files.ipynb #31
 def find_damage(folder: Path) -> str | None:
     "Return the first fault of a folder written by `atomic_folder`: a file missing, cut or changed; None if all agree."
     try:
@@ -165,7 +181,7 @@ def find_damage(folder: Path) -> str | None:
         return f"manifest.json: {error}"
     return None
 
-# %% ../nbs/10_files.ipynb #33
+# %% ../nbs/10_files.ipynb #34
 class Checkpoints:
     """The checkpoints of the run folder `run`, named by the number of steps done: `checkpoints/step-00001000` ….
 
@@ -173,7 +189,7 @@ class Checkpoints:
     """
 
     def __init__(self, run, keep: int = 2, every: int = 0):
-        self.folder, self.keep, self.every = Path(run) / "checkpoints", keep, every
+        self.folder, self.keep, self.every = as_path(run) / "checkpoints", keep, every
 
     def path(self, step: int) -> Path:
         "Return the folder of the checkpoint of `step`."
@@ -202,16 +218,17 @@ class Checkpoints:
             if not (self.every and old % self.every == 0):
                 remove_folder(self.path(old))
 
-# %% ../nbs/10_files.ipynb #38
+# %% ../nbs/10_files.ipynb #39
 def model_folder(run) -> Path:
     "Return the folder of the newest model of a run; `run` itself may be a model folder; else `ValueError`."
-    for folder in (Checkpoints(run).newest(), Path(run) / "model", Path(run)):
+    run = as_path(run)
+    for folder in (Checkpoints(run).newest(), run / "model", run):
         if folder is not None and (folder / "model_index.json").is_file():
             return folder
-    reason = "holds no model" if Path(run).is_dir() else "does not exist"
+    reason = "holds no model" if run.is_dir() else "does not exist"
     raise ValueError(f"run must be the folder of a training run, but {str(run)!r} {reason}")
 
-# %% ../nbs/10_files.ipynb #41
+# %% ../nbs/10_files.ipynb #42
 class CachedBatches:
     """The finished batches of a request, as files in `folder`; subclasses define `suffix`, `_write`, `has` and `read`.
 
@@ -242,7 +259,7 @@ class CachedBatches:
         entries = [(name, old.get(name), new) for name, new in self.request.items() if old.get(name) != new]
         return [entry for entry in entries if not (entry[0] == "n" and continued)]
 
-# %% ../nbs/10_files.ipynb #42
+# %% ../nbs/10_files.ipynb #43
 class _BatchFiles(CachedBatches):
     "Batch `i` in a file of its own."
 
@@ -260,7 +277,7 @@ class _BatchFiles(CachedBatches):
         "Return the indices of the batches that are not finished."
         return [i for i in range(len(self.sizes)) if not self.has(i)]
 
-# %% ../nbs/10_files.ipynb #44
+# %% ../nbs/10_files.ipynb #45
 class CachedSamples(_BatchFiles):
     "Batches of sampled images, each an array."
 
@@ -284,7 +301,7 @@ class CachedSamples(_BatchFiles):
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "n c h w"]]:
         return map(self.read, range(len(self.sizes)))
 
-# %% ../nbs/10_files.ipynb #48
+# %% ../nbs/10_files.ipynb #49
 def save_npz(path: Path, cache: CachedSamples) -> None:
     "Write all batches of `cache` as the array `images` of one .npz file; at most one batch is in memory."
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -296,7 +313,7 @@ def save_npz(path: Path, cache: CachedSamples) -> None:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(batch.tobytes())
 
-# %% ../nbs/10_files.ipynb #51
+# %% ../nbs/10_files.ipynb #52
 class CachedPictures(CachedSamples):
     "The same as PNG files, one for each image: 00000.png and so on, without a frame."
 
@@ -327,7 +344,7 @@ class CachedPictures(CachedSamples):
         pixels = np.stack([np.asarray(Image.open(self.path(k))) for k in self.indices(i)])
         return pixels[:, None] if pixels.ndim == 3 else np.ascontiguousarray(rearrange(pixels, "n h w c -> n c h w"))
 
-# %% ../nbs/10_files.ipynb #54
+# %% ../nbs/10_files.ipynb #55
 class CachedSums(_BatchFiles, MutableMapping):
     "The sums of each batch of a data set's bound, by the index of the batch; not finite sums count as missing."
 
@@ -368,7 +385,7 @@ class CachedSums(_BatchFiles, MutableMapping):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-# %% ../nbs/10_files.ipynb #57
+# %% ../nbs/10_files.ipynb #58
 def open_cache(kind: type[CachedBatches], folder: Path, request: dict) -> CachedBatches:
     "Open the cache in `folder`; discard it first if it belongs to a different request."
     try:
@@ -392,7 +409,7 @@ def note_cached(cache: CachedBatches, what: str = ""):
             error.add_note(f"{what}{done} of {n} images are cached in {cache.folder}; the same command resumes there")
         raise
 
-# %% ../nbs/10_files.ipynb #60
+# %% ../nbs/10_files.ipynb #61
 MODEL_FILES = ("*config.json", "model_index.json", "diffusion_pytorch_model.*", "unet/*", "scheduler/*", "net/*")
 
 
@@ -404,7 +421,7 @@ def model_digest(folder: Path) -> str:
         parts += [f"{path.relative_to(folder).as_posix()} {size}\n".encode(), bytes.fromhex(sha256)]
     return digest(*parts)[:12]
 
-# %% ../nbs/10_files.ipynb #63
+# %% ../nbs/10_files.ipynb #64
 def download_checked(path: Path | None, url: str, sha256: str) -> Path:
     """Return `path`, or the cached download of `url` if `path` is None; its SHA-256 must be `sha256`.
 
@@ -417,7 +434,7 @@ def download_checked(path: Path | None, url: str, sha256: str) -> Path:
             torch.hub.download_url_to_file(url, str(cached), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{url} could not be fetched ({error}); with a copy of it, name the file") from error
-    path = Path(path or cached)
+    path = as_path(path or cached)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     actual = checksum(path)[1]

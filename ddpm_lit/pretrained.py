@@ -6,7 +6,15 @@
 __all__ = []
 
 # %% ../nbs/12_pretrained.ipynb #3
+import contextlib
+import copy
+import functools
+import itertools
+import json
+import os
 import re
+import socket
+import threading
 import warnings
 from pathlib import Path
 
@@ -14,21 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lit.ddpm import DDPM, one_of
-from ddpm_lit.files import atomic_folder, model_folder, read_json, write_json
+from ddpm_lit.files import as_path, as_plain, atomic_folder, model_folder, read_json, write_json
 from ddpm_lit.forward import Schedule, linear_schedule, schedule_by_name
-from ddpm_lit.processes import this_process
+from ddpm_lit.processes import compute_once, this_process
 from ddpm_lit.unet import UNet
 
 # %% ../nbs/12_pretrained.ipynb #8
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "mean": "mean"}
 BETA_SCHEDULES = dict(linear="linear", scaled_linear="scaled_linear", squaredcos_cap_v2="cosine", sigmoid="sigmoid")
-VARIANCE_TYPES = {
-    "fixed_small": "beta_tilde",
-    "fixed_large": "beta",
-    "learned_range": "learned",
-    "fixed_small_log": "beta_tilde",
-    "fixed_large_log": "beta",
-}
+VARIANCE_TYPES = dict(fixed_small="beta_tilde", fixed_large="beta", learned_range="learned")
+VARIANCE_TYPES |= dict(fixed_small_log="beta_tilde", fixed_large_log="beta")
 
 
 def first_key(table: dict[str, str], word: str) -> str:
@@ -43,37 +46,18 @@ def scheduler_config(m: DDPM) -> dict:
     """
     beta = m.s.beta.cpu()
     linear = torch.equal(beta, linear_schedule(m.s.T, beta[0].item(), beta[-1].item()).beta)
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": m.s.T,
-        "beta_start": beta[0].item(),
-        "beta_end": beta[-1].item(),
-        "beta_schedule": "linear",
-        "trained_betas": None if linear else beta.tolist(),
-        "prediction_type": first_key(PREDICTION_TYPES, m.predicts),
-        "variance_type": first_key(VARIANCE_TYPES, m.variance),
-        "clip_sample": m.clip,
-    }
+    config = dict(_class_name="DDPMScheduler", num_train_timesteps=m.s.T)
+    config |= dict(beta_start=beta[0].item(), beta_end=beta[-1].item(), beta_schedule="linear")
+    config |= dict(trained_betas=None if linear else beta.tolist())
+    config |= dict(prediction_type=first_key(PREDICTION_TYPES, m.predicts))
+    return config | dict(variance_type=first_key(VARIANCE_TYPES, m.variance), clip_sample=m.clip)
 
 # %% ../nbs/12_pretrained.ipynb #11
-SCHEDULER_DEFAULTS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-}
-ONLY_VALUES = {
-    "_class_name": ("DDPMScheduler", "DDIMScheduler"),
-    "clip_sample_range": (1.0,),
-    "thresholding": (False,),
-    "rescale_betas_zero_snr": (False,),
-    "predict_epsilon": (True,),
-    "timestep_spacing": ("leading", "linspace", "trailing"),
-}
+SCHEDULER_DEFAULTS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+SCHEDULER_DEFAULTS |= dict(trained_betas=None, prediction_type="epsilon", variance_type="fixed_small", clip_sample=True)
+ONLY_VALUES = dict(_class_name=("DDPMScheduler", "DDIMScheduler"), clip_sample_range=(1.0,), thresholding=(False,))
+ONLY_VALUES |= dict(rescale_betas_zero_snr=(False,), predict_epsilon=(True,))
+ONLY_VALUES |= dict(timestep_spacing=("leading", "linspace", "trailing"))
 IGNORED = {"set_alpha_to_one", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value"}
 IGNORED |= {"tensor_format", "timestep_values", "_diffusers_version"}  # the first two in the oldest published folders
 
@@ -119,6 +103,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        there = sorted(file.name for file in path.parent.glob("*.*") if file.suffix not in (".json", ".md", ".txt"))
+        advice = f"; rename the one that fits: {', '.join(there[:5])}" if there else ""
+        raise ValueError(f"{path} cannot be read: it is not there{advice}")
     safe = path.suffix == ".safetensors"
     try:
         tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -130,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Return the file of weights in `folder`, and its tensors in float32, attention layers under today's names.
+    """Return the file of weights in `folder`, and its tensors in float32 or float64, layers under today's names.
 
     A safetensors file comes first. Raises `ValueError` where the file is missing, broken or holds anything else.
     """
@@ -138,22 +126,22 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     if not path.is_file() and (folder / OLD_WEIGHTS).is_file():
         path = folder / OLD_WEIGHTS
     old, tensors = re.compile(r"\.(query|key|value|proj_attn)\."), read_tensors(path)
-    return path, {old.sub(lambda m: f".{OLD_NAMES[m[1]]}.", name): value.float() for name, value in tensors.items()}
+    tensors = {name: x if x.dtype == torch.float64 else x.float() for name, x in tensors.items()}
+    return path, {old.sub(lambda m: f".{OLD_NAMES[m[1]]}.", name): x for name, x in tensors.items()}
 
 # %% ../nbs/12_pretrained.ipynb #18
 def check_fit(path: Path, tensors: dict[str, Tensor], net: nn.Module) -> None:
-    "Raise `ValueError`, with the first three differences, where the `tensors` of a file are not those of `net`."
-    ours = net.state_dict()
-    faults = [f"{name} is missing" for name in ours.keys() - tensors.keys()]
-    faults += [f"{name} is not expected" for name in tensors.keys() - ours.keys()]
-    faults += [
-        f"{name} must be {tuple(ours[name].shape)}, got {tuple(tensors[name].shape)}"
-        for name in ours.keys() & tensors.keys()
-        if ours[name].shape != tensors[name].shape
+    "Raise `ValueError`, with a difference of each kind, where the `tensors` of a file are not those of `net`."
+    shapes, others = ({name: tuple(x.shape) for name, x in state.items()} for state in (net.state_dict(), tensors))
+    faults = [
+        [f"{name} is missing" for name in sorted(shapes.keys() - others.keys())],
+        [f"{name} is not expected" for name in sorted(others.keys() - shapes.keys())],
+        [f"{name} must be {n}, got {others[name]}" for name, n in sorted(shapes.items()) if others.get(name, n) != n],
     ]
+    faults = [fault for row in itertools.zip_longest(*faults) for fault in row if fault]  # one of each kind first
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(sorted(faults)[:3])}{more}")
+        raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(faults[:3])}{more}")
 
 
 def load_unet(folder: Path) -> UNet:
@@ -169,48 +157,72 @@ def load_unet(folder: Path) -> UNet:
     return net
 
 # %% ../nbs/12_pretrained.ipynb #21
-def _unet_files(m: DDPM) -> tuple[str, dict[str, dict]]:
-    "Return the path of the weights of a `UNet`, and the JSON files beside them, `model_index.json` last."
-    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-    return f"unet/{WEIGHTS}", {
-        "unet/config.json": {"_class_name": "UNet2DModel"} | m.net.config,
-        "scheduler/scheduler_config.json": scheduler_config(m),
-        "model_index.json": index | {"unet": ["diffusers", "UNet2DModel"]},
-    }
+def json_config(net: nn.Module) -> dict:
+    "Return the configuration of a network as JSON holds it: {} where it has none, without entries that JSON lacks."
+    config, content = getattr(net, "config", None), {}
+    for name, value in config.items() if isinstance(config, dict) else ():
+        with contextlib.suppress(TypeError, ValueError):
+            content[str(name)] = json.loads(json.dumps(value, default=as_plain))
+    return content
 
 
-def _own_files(m: DDPM) -> tuple[str, dict[str, dict]]:
-    "Return the same for any other `nn.Module`; `ValueError` where it is none, or has a state that is no tensor."
-    if not isinstance(m.net, nn.Module):
-        raise ValueError(f"m.net must be an nn.Module to be saved, got {type(m.net).__name__}")
-    for name, value in m.net.state_dict().items():
+@functools.lru_cache(maxsize=16)
+def unet_shapes(config: str) -> dict[str, torch.Size]:
+    "Return the shapes of the state of a `UNet` with the configuration in a JSON text."
+    with torch.device("meta"):
+        return {name: x.shape for name, x in UNet(**json.loads(config)).state_dict().items()}
+
+
+def is_plain_unet(net) -> bool:
+    "Return whether `net` is a `UNet` that its configuration can build again, layer by layer."
+    if type(net) is not UNet or json_config(net).keys() != net.config.keys():
+        return False
+    return unet_shapes(json.dumps(json_config(net))) == {name: x.shape for name, x in net.state_dict().items()}
+
+
+def check_state(net) -> None:
+    "Raise `ValueError`, naming the first fault, unless `net` is an `nn.Module` with a state of real, dense tensors."
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"m.net must be an nn.Module to be saved, got {type(net).__name__}")
+    for name, value in net.state_dict().items():
+        kind = type(value).__name__
+        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"m.net must have been called once before it is saved: its lazy {name} has no shape yet")
         if not torch.is_tensor(value):
-            raise ValueError(
-                f"m.net must have a state_dict of tensors to be saved, got {type(value).__name__} at {name}"
-            )
+            raise ValueError(f"m.net must have a state_dict of tensors to be saved, got {kind} at {name}")
+        if value.layout is not torch.strided or value.is_complex() or value.is_meta:
+            raise ValueError(f"m.net must have real, dense tensors, got {value.dtype} ({value.device}) at {name}")
+
+# %% ../nbs/12_pretrained.ipynb #23
+def model_files(m: DDPM) -> tuple[str, dict[str, dict]]:
+    "Return the path of the weights of `m` and the JSON files beside them; `ValueError` where it cannot be saved."
+    check_state(m.net)
+    config, scheduler = json_config(m.net), {"scheduler/scheduler_config.json": scheduler_config(m)}
+    if is_plain_unet(m.net):
+        if m._shape is not None:
+            config["sample_size"] = m._shape[1] if m._shape[1] == m._shape[2] else list(m._shape[1:])
+        index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
+        files = {"unet/config.json": {"_class_name": "UNet2DModel"} | config} | scheduler
+        return f"unet/{WEIGHTS}", files | {"model_index.json": index | {"unet": ["diffusers", "UNet2DModel"]}}
     kind = type(m.net)
     rebuild = f"DDPM.from_pretrained(folder, net={kind.__qualname__}(...))"
-    config = {"_class_name": f"{kind.__module__}.{kind.__qualname__}", "image_shape": m._shape, "rebuild": rebuild}
-    return "net/model.safetensors", {
-        "net/config.json": config,
-        "scheduler/scheduler_config.json": scheduler_config(m),
-        "model_index.json": {"_class_name": "DDPM", "_library": "ddpm_lit", "rebuild": rebuild},
-    }
+    own = {"_class_name": f"{kind.__module__}.{kind.__qualname__}", "image_shape": m._shape, "rebuild": rebuild}
+    files = {"net/config.json": own | {"config": config}} | scheduler
+    index = {"_class_name": "DDPM", "_library": "ddpm_lit", "rebuild": rebuild}
+    return "net/model.safetensors", files | {"model_index.json": index}
 
-# %% ../nbs/12_pretrained.ipynb #22
+
 def save_ddpm(m: DDPM, folder) -> None:
     """Write `m` into `folder`: that of diffusers' `DDPMPipeline` for a `UNet`, else one that `load_ddpm` reads.
 
     All is written beside `folder` first and then renamed into it, `model_index.json` last; without that file nothing is
-    loaded, so that an interrupted save is never taken for a model. Raises `ValueError` where the network is no
-    `nn.Module`.
+    loaded, so that an interrupted save is never taken for a model. Raises `ValueError` where it cannot be saved.
     """
     from safetensors.torch import save_file
 
-    weights, files = _unet_files(m) if isinstance(m.net, UNet) else _own_files(m)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in m.net.state_dict().items()}
-    if not isinstance(m.net, UNet):  # its tensors may share memory, which safetensors refuses
-        tensors = {name: value.clone() for name, value in tensors.items()}
+    weights, files = model_files(m)
+    # copies, as tensors may share memory, which safetensors refuses
+    tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in m.net.state_dict().items()}
 
     def write(temporary: Path) -> None:
         for name, content in files.items():
@@ -218,9 +230,9 @@ def save_ddpm(m: DDPM, folder) -> None:
             write_json(temporary / name, content)
         save_file(tensors, temporary / weights, metadata={"format": "pt"})
 
-    atomic_folder(Path(folder), write, last="model_index.json")
+    atomic_folder(as_path(folder), write, last="model_index.json")
 
-# %% ../nbs/12_pretrained.ipynb #25
+# %% ../nbs/12_pretrained.ipynb #26
 def _fill(net: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
     "Copy the `tensors` of a file into `net`, in its dtypes; `ValueError` unless it is a module that they fit."
     if not isinstance(net, nn.Module):
@@ -230,13 +242,18 @@ def _fill(net: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
     return net
 
 
+def check_config_of(net, config: dict, source, free=("dropout", "sample_size"), words="net must have {}={!r} as"):
+    "Raise `ValueError` where `net` differs from `config`, that of `source`, in more than what is `free`."
+    for name, value in json_config(net).items():
+        if name not in free and value != config.get(name, value):
+            raise ValueError(f"{words.format(name, config[name])} {source}, got {value!r}")
+
+
 def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
-    "Copy the weights of a `UNet` into `net`; a `UNet` must have its configuration, except dropout and sample_size."
+    "Copy the weights of a `UNet` into `net`; a `UNet` must have its configuration."
     unet = load_unet(folder)
     if isinstance(net, UNet):
-        for name in unet.config.keys() - {"dropout", "sample_size"}:
-            if unet.config[name] != net.config[name]:
-                raise ValueError(f"net must have {name}={unet.config[name]!r} as {folder}, got {net.config[name]!r}")
+        check_config_of(net, json_config(unet), folder)
     return _fill(net, folder, unet.state_dict())
 
 
@@ -248,19 +265,22 @@ def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
             f"{folder} holds a {config.get('_class_name')}, which no file can build: {config.get('rebuild')}"
         )
     path = folder / "model.safetensors"
+    check_config_of(net, config.get("config", {}), folder)
     return _fill(net, path, read_tensors(path))
 
-# %% ../nbs/12_pretrained.ipynb #27
+# %% ../nbs/12_pretrained.ipynb #28
 def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
-    """Read a DDPM from a folder, or download it by its Hub id; on the CPU, in eval mode; a `UNet` in float32.
+    """Read a DDPM from a folder, or download it by its Hub id; on the CPU, in eval mode; half precision as float32.
 
     Network and scheduler may lie in `unet/` and `scheduler/`, or both in the folder itself. `net` is the network of
     your own to fill; without it, it is a `UNet`. `ValueError` names the file that is missing or broken, the field that
     is not implemented, or the weight that does not fit. Nothing in a file is executed.
     """
-    folder = Path(source)
+    folder = as_path(source)
     if not folder.is_dir():
         folder = download_model(str(source))
+    if (folder / "checkpoints").is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is the folder of a run, not of a model: its newest model is {model_folder(folder)}")
     nested, own = ((folder / part).is_dir() for part in ("unet", "net"))
     if (nested or own) and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder / 'model_index.json'} is missing: the folder holds no model, or half of one")
@@ -276,7 +296,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
         m.image_shape = tuple(shape)
     return m.eval()
 
-# %% ../nbs/12_pretrained.ipynb #34
+# %% ../nbs/12_pretrained.ipynb #35
 def download_model(name: str) -> Path:
     "Return the local copy of the Hub model `name`, with the files that `load_ddpm` reads; else `ValueError`."
     with warnings.catch_warnings():
@@ -294,7 +314,137 @@ def download_model(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name!r} is not a folder, and cannot be downloaded from the Hub: {error}") from error
 
-# %% ../nbs/12_pretrained.ipynb #37
+# %% ../nbs/12_pretrained.ipynb #38
 def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
+
+# %% ../nbs/12_pretrained.ipynb #41
+def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
+    "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
+    from safetensors.torch import save_file
+
+    ema.save_pretrained(folder)
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value) and not name.startswith("ema.")}
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    save_file(tensors, folder / "training.safetensors")
+    write_json(folder / "training.json", metadata)
+
+
+def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
+    "Return the model, the state and the metadata that `write_checkpoint` wrote; a network like `net` was trained."
+    metadata = read_json(folder / "training.json")
+    ema = load_ddpm(folder, net=None if is_plain_unet(net) else copy.deepcopy(net))
+    state = read_tensors(folder / "training.safetensors") | {f"ema.{k}": x for k, x in ema.net.state_dict().items()}
+    return ema, state | {name: metadata[name] for name in ("step", "seen", "scale")}, metadata
+
+
+def check_same_model(m: DDPM, before: DDPM) -> None:
+    "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
+    settings, run = dict(predicts=before.predicts, variance=before.variance, clip=before.clip), "the run to be resumed"
+    m.check_settings(run, before.s.beta.tolist(), **settings)
+    check_config_of(m.net, json_config(before.net), run, free=("sample_size",), words="{} must be {!r}, as in")
+
+# %% ../nbs/12_pretrained.ipynb #44
+HEARTBEAT, SILENCE = 20.0, 120.0  # seconds
+
+
+def start_time(process: int) -> str | None:
+    "Return when a process of this machine began; None: it has ended; an empty text: the system does not tell."
+    if not Path("/proc/self/stat").is_file():
+        return ""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]  # a zombie has ended
+
+
+def this_machine() -> str:
+    "Return the name of this machine, with the name space of its processes, which differs between containers."
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+TRAINING: set[Path] = set()  # the claims under which this process trains at this moment
+
+
+def is_alive(path: Path, holder: dict, mine: dict) -> bool:
+    "Return whether the run whose claim `holder` is in the file `path` still trains, as far as the one of `mine` knows."
+    machine, process, start = (holder.get(name) for name in ("machine", "process", "start"))
+    if (machine, process, start) == tuple(mine.values())[:3]:
+        return path in TRAINING
+    if machine == mine["machine"] and start:
+        return start == start_time(process)
+    clock = path.with_name(f".{mine['name']}")  # the time of the disk, not of this machine
+    clock.touch()
+    silence = clock.stat().st_mtime - path.stat().st_mtime
+    clock.unlink()
+    return silence < SILENCE
+
+# %% ../nbs/12_pretrained.ipynb #46
+class Claim:
+    "The claim of a run on its folder (None: none): the file `running.json`, which names machine and process."
+
+    def __init__(self, folder: Path | None):
+        self.path, self.stop = folder and folder.resolve() / "running.json", None
+        me = dict(machine=this_machine(), process=os.getpid(), start=start_time(os.getpid()))
+        self.mine = me | dict(name=os.urandom(8).hex())
+
+    def holder(self) -> dict:
+        "Return the claim in the file; {} where there is none, or where it is being written."
+        with contextlib.suppress(ValueError):
+            return read_json(self.path)
+        return {}
+
+    def refusal(self) -> str | None:
+        "Take the claim; return None, or the reason where another run has it."
+        for _ in range(3):
+            try:
+                with open(self.path, "x", encoding="utf-8") as file:
+                    json.dump(self.mine, file)
+                return None
+            except FileExistsError:
+                holder = self.holder()
+                with contextlib.suppress(FileNotFoundError):  # released meanwhile
+                    if is_alive(self.path, holder, self.mine):
+                        break
+                    self.path.rename(self.path.with_name(f".{self.mine['name']}")).unlink()  # one taker gets it
+        who = f"process {holder.get('process', '?')} on {str(holder.get('machine', '?')).partition(' ')[0]}"
+        return f"out must be the folder of one run: {who} trains in {str(self.path.parents[1])!r} (see {self.path})"
+
+# %% ../nbs/12_pretrained.ipynb #47
+class FolderClaim(Claim):
+    "A claim that all processes of a run take together, by `take` or `with`, renew, and release."
+
+    def take(self) -> None:
+        "Let the main process claim the folder, and renew the claim; ValueError on all where another run has it."
+        if self.path and self.stop is None:
+            if refusal := compute_once(self.refusal):
+                raise ValueError(refusal)
+            self.stop = threading.Event()
+            threading.Thread(target=self.renew, args=(self.stop,), daemon=True).start()
+
+    def renew(self, stop: threading.Event) -> None:
+        "Give a sign of life now and then, until `stop` is set."
+        while not stop.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def release(self) -> None:
+        "Give the folder back, where this process has it."
+        if self.stop is not None and self.mine["process"] == os.getpid():
+            self.stop.set()
+            self.stop = None
+            TRAINING.discard(self.path)
+            with contextlib.suppress(OSError):
+                if self.holder() == self.mine:
+                    self.path.unlink()
+
+    def __enter__(self) -> None:
+        self.take()
+        TRAINING.add(self.path)
+
+    def __exit__(self, *_) -> None:
+        self.release()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 
 from ddpm_lit.ddpm import one_of
@@ -35,6 +35,11 @@ logger = logging.getLogger("ddpm_lit")
 def environment(name: str, default: str | None = None) -> str | None:
     "Return the environment variable `name`, or `default` where it is not set."
     return os.environ.get(name, default)
+
+
+def is_set(name: str) -> bool:
+    "Return whether the environment variable `name` says yes, in one of accelerate's words."
+    return (environment(name) or "").lower() in ("1", "t", "true", "y", "yes", "on")
 
 
 def local_processes() -> int:
@@ -49,17 +54,13 @@ def available_cores() -> int:
 
 # %% ../nbs/11_processes.ipynb #7
 def free_memory() -> int:
-    """Return how many bytes of memory this process may still take: its part of what is free in this container.
-
-    Where the system does not report free memory, half of all memory counts as free; where it reports nothing, 4 GB.
-    """
+    "Return the bytes that this process may take: its part of what is free; if unknown of half of all, or of 4 GB."
     try:
-        (free,) = re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(free) * 1024
+        free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0])
         limit = Path("/sys/fs/cgroup/memory.max")
         limit = limit.read_text().strip() if limit.exists() else "max"
         free = min(free, int(limit)) if limit.isdigit() else free
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ()))
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else 4_000_000_000
     return free // local_processes()
@@ -105,7 +106,8 @@ def end_processes() -> None:
 def this_process():
     "Return accelerate's `PartialState`: device, rank and number of processes. Its process group is left at exit."
     several, gpu = environment("LOCAL_RANK") is not None, torch.cuda.is_available() or torch.xpu.is_available()
-    state = import_accelerate().PartialState(cpu=several and not gpu)  # without it, each takes itself for the only one
+    cpu = is_set("ACCELERATE_USE_CPU") or several and not gpu  # without it, each takes itself for the only one
+    state = import_accelerate().PartialState(cpu=cpu)
     atexit.register(end_processes)
     return state
 
@@ -132,6 +134,21 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
 
 # %% ../nbs/11_processes.ipynb #20
+REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+OVERRULED = dict(GRADIENT_ACCUMULATION_STEPS="accumulate", MIXED_PRECISION="precision", DYNAMO_BACKEND="compile")
+
+
+def check_environment() -> None:
+    "Raise ValueError for a variable of accelerate that is not implemented; warn of one that a setting overrules."
+    for name in REFUSED:
+        if is_set(f"ACCELERATE_USE_{name}"):
+            raise ValueError(f"ACCELERATE_USE_{name} must not be set: every process trains the complete network")
+    for name, setting in OVERRULED.items():
+        value = environment(f"ACCELERATE_{name}") or "no"
+        if value.lower() not in ("no", "1"):  # as accelerate launch always sets them
+            logger.warning("ACCELERATE_%s=%s has no effect: %s decides", name, value, setting)
+
+# %% ../nbs/11_processes.ipynb #23
 def trackers(track: str) -> list[str]:
     "Return the trackers to write curves with; ImportError, with the line to install it, for a missing one."
     if track in ("tensorboard", "wandb") and importlib.util.find_spec(track) is None:
@@ -144,27 +161,16 @@ def trackers(track: str) -> list[str]:
 
 def make_accelerator(precision: str = "no", track: str = "none", out: str | None = None):
     "Return accelerate's `Accelerator` with mixed `precision`, and with the trackers that write curves into `out`."
-    cpu = this_process().device.type == "cpu"
-    from accelerate.state import AcceleratorState
-
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        AcceleratorState._reset_state()  # else accelerate refuses a second precision in one session
+    check_environment()
+    accelerate, cpu = import_accelerate(), this_process().device.type == "cpu"
+    if accelerate.state.AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        accelerate.state.AcceleratorState._reset_state()  # else it refuses a second precision in one session
     written = trackers(track) if out is not None else []
-    kwargs = dict(mixed_precision=precision, log_with=written or None, project_dir=out)
-    return import_accelerate().Accelerator(cpu=cpu, **kwargs)
+    kwargs = dict(mixed_precision=precision, log_with=written or None, project_dir=out, dynamo_backend="no")
+    one = accelerate.utils.GradientAccumulationPlugin(num_steps=1)
+    return accelerate.Accelerator(cpu=cpu, gradient_accumulation_plugin=one, **kwargs)
 
-# %% ../nbs/11_processes.ipynb #23
-@contextlib.contextmanager
-def tracking(accelerator, settings: dict | None, step: int) -> Iterator[None]:
-    "Open the trackers of a run at `step`, without what an earlier attempt wrote of later steps; close them on exit."
-    accelerator.init_trackers("curves", settings, {"tensorboard": {"purge_step": step + 1}})
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-# %% ../nbs/11_processes.ipynb #24
+# %% ../nbs/11_processes.ipynb #26
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
     "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
     batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]
@@ -172,14 +178,9 @@ def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> 
         order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": batch}, step, **order)
 
-# %% ../nbs/11_processes.ipynb #27
-def shard_batches(
-    n: int, batch_size: int, process: tuple[int, int] | None = None
-) -> list[tuple[int, Int64[Tensor, "b"]]]:
-    """Return the batches of `n` images that this process computes: the number of each, and the indices of its images.
-
-    `process` is (rank, number of processes), by default of this process. ValueError for a `batch_size` below 1.
-    """
+# %% ../nbs/11_processes.ipynb #29
+def shard_batches(n: int, batch_size: int, process: tuple[int, int] | None = None) -> list[tuple[int, Tensor]]:
+    "Return the batches of `n` images that `process`, (rank, processes), computes: number, and indices of images."
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rank, processes = process or (this_process().process_index, this_process().num_processes)
@@ -191,7 +192,7 @@ def undo_sharding(by_process: list[list]) -> list:
     rounds = itertools.zip_longest(*by_process)
     return [item for items in rounds for item in items if item is not None]
 
-# %% ../nbs/11_processes.ipynb #30
+# %% ../nbs/11_processes.ipynb #32
 SEED_STRIDE = 0x9E3779B9
 
 
@@ -205,7 +206,7 @@ def spawn_generators(generator: torch.Generator | None, k: int, device="cpu") ->
     starts = torch.randint(2**31, (k,), generator=generator, device=generator and generator.device)
     return [torch.Generator(device).manual_seed(start) for start in starts.tolist()]
 
-# %% ../nbs/11_processes.ipynb #35
+# %% ../nbs/11_processes.ipynb #37
 def all_reduce_sum(x: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
     "Return the sum of `x` over all processes, each of which must call this."
     if this_process().num_processes == 1:
@@ -233,18 +234,17 @@ def compute_once(make: Callable):
 
     return broadcast_object_list([make() if is_main_process() else None])[0]
 
-# %% ../nbs/11_processes.ipynb #38
+# %% ../nbs/11_processes.ipynb #40
 @contextlib.contextmanager
 def raise_on_all_ranks(accelerator, what: str):
     "If writing `what` fails on one rank, raise OSError on all, so that none hangs in the next collective."
     from accelerate.utils import gather_object
-    from safetensors import SafetensorError
 
     message = None
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        message = f"{what} could not be written: {error}"
+    except Exception as error:
+        message = f"{what} could not be written: {error or type(error).__name__}"
     failures = [text for text in gather_object([message]) if text]
     if failures:
         raise OSError(failures[0])
@@ -256,7 +256,7 @@ def check_same_step(accelerator, step: int) -> None:
     if len(set(steps)) > 1:
         raise ValueError(f"out must be one folder that all processes see: they would begin at the steps {steps}")
 
-# %% ../nbs/11_processes.ipynb #41
+# %% ../nbs/11_processes.ipynb #43
 @contextlib.contextmanager
 def fork_rng(seed: int, device: torch.device, state: list[Tensor] | None = None):
     "Fork torch's global RNG (dropout uses it): seed it, or restore `state`, and put the old state back on exit."
@@ -273,7 +273,7 @@ def rng_state(device: torch.device) -> list[Tensor]:
     "Return the state of torch's global generators: that of the CPU and, if `device` is a GPU, that of the GPU."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
-# %% ../nbs/11_processes.ipynb #44
+# %% ../nbs/11_processes.ipynb #46
 class Borrowed:
     "Train mode of `net`, and torch's global generators in a state of the run's own, which starts at `seed`."
 
@@ -287,14 +287,17 @@ class Borrowed:
         return rng_state(self.device) if self.in_use else self.state
 
     def restore(self, state: list[Tensor]) -> None:
-        "Let the run's own generators continue from `state`, before they are in use."
+        "Let the run's own generators, not in use, continue from `state`, if that has one for each."
         # set_rng_state reads a view's whole storage; clone to keep only its own bytes
-        self.state = [value.clone().cpu() for value in state]
+        if len(state) >= len(self.state):
+            self.state = [value.clone().cpu() for value in state[: len(self.state)]]
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         "Put both in place; put the caller's back on exit."
         modes = {part: part.training for part in self.net.modules()}
+        own = self.net.__dict__  # accelerate replaces `forward` there for mixed precision
+        forward = {name: own[name] for name in ("forward", "_original_forward") if name in own}
         with fork_rng(0, self.device, self.state):
             try:
                 self.net.train()
@@ -302,26 +305,27 @@ class Borrowed:
                 yield
             finally:
                 self.state, self.in_use = rng_state(self.device), False
+                own.pop("forward", None), own.pop("_original_forward", None)
+                own.update(forward)
                 for part, mode in modes.items():
                     part.training = mode
 
-# %% ../nbs/11_processes.ipynb #47
+# %% ../nbs/11_processes.ipynb #49
 class Stopped(KeyboardInterrupt):
     "Raised at the end of a step after the signal of number `signal`, when everything has been saved."
 
     def __init__(self, number: int, step: int, out: str | None):
         self.signal = number
         how = f"all is saved, resume with --resume --out {out} (in Python: resume=True)"
-        saved = "nothing is saved, as there is no out" if out is None else how
+        saved = "nothing is saved, as there is no out; in Python, fit continues" if out is None else how
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}: {saved}")
 
 
 @contextlib.contextmanager
 def catch_signals(patient: bool) -> Iterator[list[int]]:
-    """Yield a list to which Ctrl-C and SIGTERM add their numbers, instead of interrupting.
+    """Yield a list to which Ctrl-C and SIGTERM add their numbers, instead of interrupting; ignored ones stay ignored.
 
-    A signal that was ignored before, as Ctrl-C is behind `nohup`, stays ignored. A second signal of the same kind has
-    its usual effect, unless `patient`: torchrun sends each signal twice.
+    A second signal of the same kind has its usual effect, unless `patient`: torchrun sends each signal twice.
     """
     caught, before = [], {}
 
@@ -339,15 +343,18 @@ def catch_signals(patient: bool) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/11_processes.ipynb #51
+# %% ../nbs/11_processes.ipynb #53
 @contextlib.contextmanager
 def run_context(accelerator, borrowed: Borrowed, settings: dict | None, step: int) -> Iterator[list[int]]:
     "Surround the loop of a run at `step`, with `settings` for its trackers; yield the list of the signals caught."
-    with borrowed.use(), tracking(accelerator, settings, step):
-        with catch_signals(patient=accelerator.num_processes > 1) as caught:
-            yield caught
+    with borrowed.use(), contextlib.ExitStack() as stack:
+        accelerator.init_trackers("curves", settings, {"tensorboard": {"purge_step": step + 1}})  # drop later curves
+        stack.callback(accelerator._optimizers.clear)  # a second run of the loop prepares anew
+        for tracker in accelerator.trackers:
+            stack.callback(tracker.finish)
+        yield stack.enter_context(catch_signals(patient=accelerator.num_processes > 1))
 
-# %% ../nbs/11_processes.ipynb #54
+# %% ../nbs/11_processes.ipynb #56
 def any_signal(accelerator, caught: list[int], due: bool) -> int:
     "Return the number of a signal that any process has caught, else 0; several GPUs ask each other only if `due`."
     if accelerator.num_processes == 1:
@@ -356,14 +363,9 @@ def any_signal(accelerator, caught: list[int], due: bool) -> int:
         return 0
     return int(accelerator.gather(torch.tensor(caught[:1] or [0], device=accelerator.device)).max())
 
-# %% ../nbs/11_processes.ipynb #57
-def progress_bar(
-    disable: bool, desc: str, total: int | None, unit: str, initial: int = 0, unit_scale: bool = False
-):  # fmt: skip
-    """Return a tqdm bar over `total` units (None: unknown), for a `with`; shown on the main process only.
-
-    `disable` hides it; `initial` units are done already; `unit_scale` writes 1200 as 1.20k.
-    """
+# %% ../nbs/11_processes.ipynb #59
+def progress_bar(disable: bool, desc: str, total: int | None, unit: str, initial: int = 0, unit_scale: bool = False):
+    "Return a tqdm bar over `total` units (None: unknown), `initial` of them done, shown on the main process only."
     from tqdm import tqdm
 
     kwargs = dict(desc=desc, total=total, unit=unit, initial=initial, unit_scale=unit_scale)
@@ -378,7 +380,7 @@ class StderrHandler(logging.Handler):
 
         tqdm.write(f"ddpm_lit: {record.getMessage()}", file=sys.stderr)
 
-# %% ../nbs/11_processes.ipynb #60
+# %% ../nbs/11_processes.ipynb #62
 MAX_SKIPPED = 20
 
 
@@ -388,12 +390,10 @@ def check_skipped(finite: list[bool], start: int) -> None:
     for step, fine in enumerate(finite, start):
         in_a_row = 0 if fine else in_a_row + 1
         if in_a_row == MAX_SKIPPED:
-            first = step - MAX_SKIPPED + 1
-            raise FloatingPointError(
-                f"the loss or its gradient is not finite in {MAX_SKIPPED} steps in a row, from step {first} on"
-            )
+            row = f"{MAX_SKIPPED} steps in a row, from step {step - MAX_SKIPPED + 1} on"
+            raise FloatingPointError(f"the loss or its gradient is not finite in {row}")
 
-# %% ../nbs/11_processes.ipynb #62
+# %% ../nbs/11_processes.ipynb #64
 class _LossRecord:
     "Loss and gradient norm of each of `steps` steps, stored on the device."
 
@@ -419,7 +419,7 @@ class _LossRecord:
             logger.warning("step %d: %d of the last %d updates skipped, not finite", step, (~new).sum(), len(new))
         return both[:, new].mean(1).tolist()
 
-# %% ../nbs/11_processes.ipynb #63
+# %% ../nbs/11_processes.ipynb #65
 class TrainingLog(_LossRecord):
     "The record of a run of `steps` steps, read every `every` steps, with a progress bar."
 

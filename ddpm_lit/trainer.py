@@ -7,12 +7,12 @@ __all__ = ['TrainConfig', 'Trainer']
 
 # %% ../nbs/16_training.ipynb #3
 import contextlib
-import copy
-import json
 import logging
 import math
+import os
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -22,22 +22,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import ddpm_lit
-from ddpm_lit.ddpm import DDPM, one_of
-from ddpm_lit.files import Checkpoints, atomic_folder, read_json, writable_folder
+from ddpm_lit import pretrained, processes
+from ddpm_lit.ddpm import DDPM, as_kind, check_trainable, one_of
+from ddpm_lit.files import Checkpoints, as_path, atomic_folder, writable_folder
+from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, image_grid, save_grid
-from ddpm_lit.loading import ImageBatches, StoredImages
+from ddpm_lit.loading import ImageBatches, StoredImages, data_digest
 from ddpm_lit.objective import bound_loss, simple_loss
-from ddpm_lit.processes import (
-    Borrowed,
-    Stopped,
-    TrainingLog,
-    any_signal,
-    check_same_step,
-    make_accelerator,
-    raise_on_all_ranks,
-    run_context,
-    track_picture,
-)
 from ddpm_lit.unet import UNet, class_condition
 
 logger = logging.getLogger("ddpm_lit")
@@ -107,17 +98,31 @@ class TrainConfig(_Recipe):
     """tracker that draws the curves of the run; auto: TensorBoard where it is installed"""
     progress: bool = True
     """show a progress bar"""
+    workers: int | None = None
+    """processes that read images from the disk; by default one for each core, at most 8; 0 works everywhere"""
 
     def __post_init__(self):
+        for field in fields(self):  # a frozen record is set by its base class
+            object.__setattr__(self, field.name, as_setting(field.name, field.type, getattr(self, field.name)))
         check_config(self)
 
 # %% ../nbs/16_training.ipynb #13
+LEAST = dict(steps=1, batch_size=1, accumulate=1, warmup=0, seed=0, save_every=1, keep=1, keep_every=0, log_every=1)
+
+
+def as_setting(name: str, kind, value):
+    "Return `value` as the plain Python that JSON holds; ValueError, naming the setting, where it is no `kind`."
+    if kind is int or (name == "workers" and value is not None):
+        return as_integer(name, value, LEAST.get(name, 0), 2**63 - 1)
+    if name == "out" and value is not None:
+        if not isinstance(value, str | os.PathLike) or not str(value):
+            raise ValueError(f"out must be the path of a folder, got {value!r}")
+        return str(as_path(value))
+    return as_kind(name, kind, value) if kind in (bool, float) else value
+
+
 def check_config(c: TrainConfig) -> None:
     "Raise ValueError, naming the field, where a value of `c` makes no sense."
-    least = dict(steps=1, batch_size=1, accumulate=1, warmup=0, seed=0, save_every=1, keep=1, keep_every=0, log_every=1)
-    for name, low in least.items():
-        if getattr(c, name) < low:
-            raise ValueError(f"{name} must be at least {low}, got {getattr(c, name)}")
     for name in ("lr", "clip_grad"):
         if not 0 < getattr(c, name) < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {getattr(c, name)}")
@@ -151,15 +156,9 @@ def drop_labels(labels: Int64[Tensor, "b"], null: int, fraction: float, generato
     return torch.where(drawn < fraction, null, labels)
 
 # %% ../nbs/16_training.ipynb #29
-def net_config(net: nn.Module) -> dict:
-    "Return the configuration of a network, {} where it has none."
-    config = getattr(net, "config", None)
-    return config if isinstance(config, dict) else {}
-
-
 def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> None:
     "Raise ValueError where the labels of `images` do not fit the network, or a fraction `drop` cannot be dropped."
-    rows = net_config(net).get("num_class_embeds")
+    rows = pretrained.json_config(net).get("num_class_embeds")
     if rows is None:
         if drop > 0:
             raise ValueError(f"drop_labels must be 0 for a network without num_class_embeds, got {drop}")
@@ -172,12 +171,19 @@ def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> 
     classes = max(len(images.classes), high + 1)
     if drop > 0 and rows != classes + 1:
         raise ValueError(f"drop_labels must be 0 unless num_class_embeds is {classes} + 1 (a null label), got {rows}")
+    if drop == 0 and rows == classes + 1:
+        raise ValueError(f"drop_labels must be above 0 for num_class_embeds={rows} and {classes} classes of images")
 
 
 def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
     "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
-    if not isinstance(m.net, nn.Module) or not any(p.requires_grad for p in m.net.parameters()):
-        raise ValueError(f"m.net must be an nn.Module with parameters to train, got {type(m.net).__name__}")
+    kinds = dict(m=(m, DDPM, "a DDPM"), config=(c, TrainConfig, "a TrainConfig"))
+    kinds |= dict(images=(images, Images | StoredImages, "Images, as load_images returns them"))
+    for name, (value, kind, words) in kinds.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be {words}, got {type(value).__name__}")
+    check_trainable(m.net)
+    pretrained.model_files(m)  # what cannot be saved is refused now
     if m.variance == "learned" and c.objective == "simple":
         raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
     if isinstance(m.net, UNet):
@@ -199,14 +205,17 @@ class _TrainingStep:
         self.net = m.to(self.device).net
         if config.channels_last:
             self.net.to(memory_format=torch.channels_last)
-        self.average = AveragedModel(self.net, multi_avg_fn=ema_update(config.ema))
+        try:
+            self.average = AveragedModel(self.net, multi_avg_fn=ema_update(config.ema))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"m.net must be a network that copy.deepcopy can copy: {error}") from error
         self.ema = m.with_net(self.average.module).eval()
         self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr, fused=True)  # one kernel for all tensors
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
-        self.borrowed = Borrowed(self.net, config.seed + self.process[0], self.device)
+        self.borrowed = processes.Borrowed(self.net, config.seed + self.process[0], self.device)
         self.step = self.seen = 0
         self.images_per_step = config.batch_size * config.accumulate * self.process[1]
-        self.log = TrainingLog(config.steps, config.log_every, self.device)
+        self.log = processes.TrainingLog(config.steps, config.log_every, self.device)
 
     def update(self, optimizer, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
         "Take a step of Adam, and update the average; Adam skips the step where `loss` or `norm` is not finite."
@@ -224,11 +233,7 @@ class _TrainingState(_TrainingStep):
     "A training step whose state can be saved and restored; every process must take part in both."
 
     def state_dict(self) -> dict:
-        """Return all that training changes, by name.
-
-        Tensors: `net.*`, `ema.*`, `adam.*`, the `losses` and `norms` of all steps, and generators: `noise`, `random.*`
-        (a row for each process). Numbers: `step`, `seen`, and with fp16 the dict `scale`.
-        """
+        "Return all that training changes, by name: tensors, the numbers `step` and `seen`, with fp16 the dict `scale`."
         adam = self.optimizer.state_dict()["state"]
         state = {f"adam.{i}.{name}": value for i, values in adam.items() for name, value in values.items()}
         for prefix, m in (("net", self.m), ("ema", self.ema)):
@@ -236,12 +241,12 @@ class _TrainingState(_TrainingStep):
         for kind, value in zip(("cpu", "cuda"), self.borrowed.random(), strict=False):
             state[f"random.{kind}"] = self.accelerator.gather(value.to(self.device)[None])  # (processes, bytes)
         state |= dict(losses=self.log.losses[: self.step], norms=self.log.norms[: self.step])
-        scale = dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
-        return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen) | scale
+        state |= dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
+        return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen)
 
     def load_state_dict(self, state: dict) -> None:
         "Restore what `state_dict` returned, before `fit`; ValueError where that has done more than `config.steps`."
-        adam, parameters, (rank, processes) = {}, list(self.net.parameters()), self.process
+        adam, parameters, (rank, count) = {}, list(self.net.parameters()), self.process
         if state["step"] > self.config.steps:
             raise ValueError(f"steps must be at least the {state['step']} that are done, got {self.config.steps}")
         for name, value in with_prefix(state, "adam.").items():
@@ -251,12 +256,16 @@ class _TrainingState(_TrainingStep):
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
         for prefix, m in (("net.", self.m), ("ema.", self.ema)):
             m.net.load_state_dict(with_prefix(state, prefix))
-        if len(state["random.cpu"]) == processes:  # else each process starts its own anew
-            self.borrowed.restore([rows[rank] for rows in with_prefix(state, "random.").values()])
+        random = [rows[rank] for _, rows in sorted(with_prefix(state, "random.").items()) if len(rows) == count]
+        self.borrowed.restore(random)
         if state.get("scale") and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scale"])
-        self.noise.set_state(state["noise"])
         self.step, self.seen = state["step"], state["seen"]
+        try:
+            self.noise.set_state(state["noise"])
+        except RuntimeError:  # the generators of CPUs and GPUs have different states
+            self.noise = processes.batch_generator(self.config.seed, self.step, self.device)
+            logger.warning("resumed on another kind of device (%s): its random numbers begin anew", self.device.type)
         self.average.n_averaged.fill_(self.step)
         self.log.restore(state["losses"], state["norms"])
 
@@ -264,63 +273,48 @@ class _TrainingState(_TrainingStep):
 def run_metadata(trainer: "Trainer", state: dict) -> dict:
     "Return what a checkpoint says about its run in words and numbers."
     numbers = dict(version=ddpm_lit.__version__, step=state["step"], seen=state["seen"], scale=state.get("scale"))
-    return numbers | dict(processes=trainer.process[1], images=repr(trainer.images), config=asdict(trainer.config))
-
-
-def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
-    "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
-    from safetensors.torch import save_file
-
-    ema.save_pretrained(folder)
-    tensors = {name: value for name, value in state.items() if torch.is_tensor(value) and not name.startswith("ema.")}
-    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    save_file(tensors, folder / "training.safetensors")
-    (folder / "training.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-
-
-def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
-    "Return the model, the state and the metadata that `write_checkpoint` wrote; a network like `net` was trained."
-    from safetensors.torch import load_file
-
-    metadata = read_json(folder / "training.json")
-    ema = DDPM.from_pretrained(folder, net=None if isinstance(net, UNet) else copy.deepcopy(net))
-    state = load_file(folder / "training.safetensors") | {f"ema.{k}": x for k, x in ema.net.state_dict().items()}
-    return ema, state | {name: metadata[name] for name in ("step", "seen", "scale")}, metadata
+    numbers |= dict(processes=trainer.process[1], images=repr(trainer.images), data=trainer.data)
+    return numbers | dict(config=asdict(trainer.config))
 
 # %% ../nbs/16_training.ipynb #43
-def check_same_model(m: DDPM, before: DDPM) -> None:
-    "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
-    pairs = {name: (getattr(m, name), getattr(before, name)) for name in ("predicts", "variance", "clip")}
-    then = net_config(before.net)
-    pairs |= {name: (value, then[name]) for name, value in net_config(m.net).items() if name in then}
-    for name, (new, old) in pairs.items():
-        if new != old:
-            raise ValueError(f"{name} must be {old!r}, as in the run to be resumed; got {new!r}")
-    if m.s.T != before.s.T or not torch.allclose(m.s.beta.cpu(), before.s.beta, rtol=1e-6):
-        raise ValueError("the schedule must be that of the run to be resumed")
+HARMLESS = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress", "workers")
+
+
+def rate_leap(old: _Recipe, new: _Recipe, step: int) -> str:
+    "Return in words how the learning rate leaps where `new` takes over from `old` after `step` steps, else nothing."
+    before, planned, now = old.lr_at(max(0, step - 1)), old.lr_at(step), new.lr_at(step)
+    smooth = 0.8 * min(before, planned) <= now <= 1.25 * max(before, planned)
+    return "" if smooth else f"the learning rate leaps from {before:.3g} to {now:.3g} after step {step}"
 
 
 def resume_run(trainer: "Trainer", folder: Path) -> None:
-    "Restore `trainer` from the checkpoint `folder`; log settings that differ, ValueError where the model does."
-    before, state, old = read_checkpoint(folder, trainer.net)
-    check_same_model(trainer.m, before)
-    trainer.load_state_dict(state)
+    "Restore `trainer` from the checkpoint `folder`; log settings that differ, ValueError where model or images do."
+    before, state, old = pretrained.read_checkpoint(folder, trainer.net)
+    pretrained.check_same_model(trainer.m, before)
     new = run_metadata(trainer, state)
+    if old.get("data", new["data"]) != new["data"]:
+        raise ValueError(f"images must be those of the run to be resumed, {old['images']}: the pixels are others")
+    trainer.load_state_dict(state)
+    same = ("images",) if "data" in old else ()  # the pixels are, whatever they are called
     old, new = ({k: x[k] for k in ("processes", "images")} | asdict(TrainConfig()) | x["config"] for x in (old, new))
-    harmless = ("steps", "out", "resume", "save_every", "keep", "keep_every", "log_every", "track", "progress")
     for name in new:
-        if name not in harmless and new[name] != old[name]:
+        if name not in (*HARMLESS, *same) and new[name] != old[name]:
             logger.warning("resumed with %s %s; before it was %s", name, new[name], old[name])
+    if leap := rate_leap(_Recipe(**{f.name: old[f.name] for f in fields(_Recipe)}), trainer.config, trainer.step):
+        logger.warning("resumed: %s", leap)
 
 # %% ../nbs/16_training.ipynb #46
 def open_checkpoints(c: TrainConfig) -> Checkpoints | None:
     "Return the checkpoints in `c.out`; ValueError where it cannot be written, or holds a run not to be resumed."
     if c.out is None:
         return None
-    checkpoints = Checkpoints(writable_folder(c.out), c.keep, c.keep_every)
-    if checkpoints.steps() and not c.resume:
-        done = f"{c.out!r} holds a run of {checkpoints.steps()[-1]} steps"
-        raise ValueError(f"out must be another folder, or resume be set: {done}")
+    checkpoints = Checkpoints(c.out, c.keep, c.keep_every)
+    done = max(checkpoints.steps(), default=0)
+    if c.resume and not checkpoints.folder.is_dir():
+        raise ValueError(f"out must be the folder of a run to be resumed, got {c.out!r}, which holds none")
+    if done and not c.resume:
+        raise ValueError(f"out must be another folder, or resume be set: {c.out!r} holds a run of {done} steps")
+    writable_folder(checkpoints.folder)  # also the sign that a run has begun here
     return checkpoints
 
 
@@ -338,44 +332,47 @@ def error_advice(c: TrainConfig, checkpoints: Checkpoints | None):
 
 # %% ../nbs/16_training.ipynb #49
 def save_checkpoint(trainer: "Trainer") -> None:
-    """Write a checkpoint, a picture if the trainer draws one, and after the last step the model; all processes call it.
-
-    FloatingPointError for weights that are not finite, OSError where something cannot be written.
-    """
+    "Write a checkpoint, after the last step the model, and a picture; FloatingPointError for weights not finite."
     t, main, run = trainer, trainer.accelerator.is_main_process, trainer.checkpoints.folder.parent
     if not torch.stack([p.isfinite().all() for net in (t.net, t.ema.net) for p in net.parameters()]).all():
         raise FloatingPointError(f"the weights are not finite in step {t.step}")
     state = t.state_dict()
     metadata = run_metadata(t, state)
-    with raise_on_all_ranks(t.accelerator, f"the checkpoint of step {t.step}"):
+    with processes.raise_on_all_ranks(t.accelerator, f"the checkpoint of step {t.step}"):
         if main:
-            t.checkpoints.write(t.step, lambda folder: write_checkpoint(folder, t.ema, state, metadata))
+            t.checkpoints.write(t.step, lambda folder: pretrained.write_checkpoint(folder, t.ema, state, metadata))
         if main and t.step == t.config.steps:
             atomic_folder(run / "model", t.ema.save_pretrained)
         if main and t.draw is not None:
-            pixels = t.draw(t.ema)
-            save_grid(run / "samples" / f"step-{t.step:08d}.png", pixels)
-            track_picture(t.accelerator, image_grid(pixels), t.step)
+            try:
+                pixels = t.draw(t.ema)
+                save_grid(run / "samples" / f"step-{t.step:08d}.png", pixels)
+                processes.track_picture(t.accelerator, image_grid(pixels), t.step)
+            except Exception as error:  # a picture must not cost the run
+                logger.warning("no picture of step %d: %s", t.step, error)
 
 # %% ../nbs/16_training.ipynb #52
 class _Run(_TrainingState):
     "A run on `images`: its state, its checkpoints, its batches, and the gradient of a step."
 
-    def __init__(
-        self, m: DDPM, images: Images | StoredImages, config: TrainConfig | None = None, draw: Callable | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ):  # fmt: skip
+    def __init__(self, m: DDPM, images, config: TrainConfig | None = None, draw=None, on_step: Callable | None = None):
         c, self.images, self.draw, self.on_step = config or TrainConfig(), images, draw, on_step
         check_model(m, images, c)
-        if net_config(m.net).get("sample_size") is None:
+        if pretrained.json_config(m.net).get("sample_size") is None:
             m.image_shape = images.shape
         self.checkpoints = open_checkpoints(c)
-        super().__init__(m, c, make_accelerator(c.precision, c.track, c.out))
-        newest = self.checkpoints and self.checkpoints.newest()
-        if newest:
-            resume_run(self, newest)
-        self.batches = ImageBatches(images, c.batch_size, self.device, c.seed, c.flip, 0, self.process, labels=True)
-        check_same_step(self.accelerator, self.step)
+        self.claim = pretrained.FolderClaim(self.checkpoints and self.checkpoints.folder)
+        with contextlib.ExitStack() as undo:
+            self.claim.take()
+            undo.callback(weakref.finalize(self, self.claim.release))
+            super().__init__(m, c, processes.make_accelerator(c.precision, c.track, c.out))
+            self.data = data_digest(images) if self.checkpoints else None
+            if newest := self.checkpoints and self.checkpoints.newest():
+                resume_run(self, newest)
+            source, stream = (images, c.batch_size, self.device), (c.seed, c.flip, 0, self.process)
+            self.batches = ImageBatches(*source, *stream, c.workers, labels=True)
+            processes.check_same_step(self.accelerator, self.step)
+            undo.pop_all()
         logger.info("%s; processes: %d; from step %d on", self.batches.describe(), self.process[1], self.step)
 
     def gradient(self, model: DDPM, batches: Iterator) -> Float[Tensor, ""]:
@@ -405,16 +402,15 @@ class Trainer(_Run):
     """
 
     def fit(self) -> Float[Tensor, "steps"]:
-        """Run the remaining steps; return the losses of all. After Ctrl-C or SIGTERM, save and raise `Stopped`.
-
-        FloatingPointError for too many losses that are not finite, OSError for a failed checkpoint.
-        """
+        "Run the remaining steps; return the losses of all. After Ctrl-C or SIGTERM, save and raise `Stopped`."
         c, a = self.config, self.accelerator
-        net, optimizer = a.prepare(torch.compile(self.net) if c.compile else self.net, self.optimizer)
-        model, self.batches.start = DDPM(net, self.m.s, self.m.predicts, self.m.variance), self.seen
+        self.batches.start = self.seen  # where an interrupted run continues, whatever was read ahead
         batches, bar = iter(self.batches), self.log.open_bar(self.images_per_step, self.step, not c.progress)
-        context = run_context(a, self.borrowed, asdict(c) if c.track == "wandb" else None, self.step)
-        with bar, error_advice(c, self.checkpoints), context as caught:
+        context = processes.run_context(a, self.borrowed, asdict(c) if c.track == "wandb" else None, self.step)
+        with self.claim, bar, error_advice(c, self.checkpoints), context as caught:
+            net, optimizer = a.prepare(torch.compile(self.net) if c.compile else self.net, self.optimizer)
+            model = DDPM(net, self.m.s, self.m.predicts, self.m.variance)
+            optimizer.zero_grad()  # what an interrupted step, or the caller, left there
             while self.step < c.steps:
                 # 1. the gradient of the loss of a batch, with a random t and new noise for each image
                 loss = self.gradient(model, batches)
@@ -429,12 +425,12 @@ class Trainer(_Run):
                 if self.on_step:
                     self.on_step(self.step, loss)
                 # 5. save a checkpoint when one is due; stop if a signal has arrived
-                stop = any_signal(a, caught, metrics is not None)
+                stop = processes.any_signal(a, caught, metrics is not None)
                 if self.checkpoints and (stop or self.step % c.save_every == 0 or self.step == c.steps):
                     save_checkpoint(self)
                 if stop:
-                    raise Stopped(stop, self.step, c.out)
-        return self.log.losses.cpu()
+                    raise processes.Stopped(stop, self.step, c.out)
+        return self.log.losses.cpu().clone()
 
 # %% ../nbs/16_training.ipynb #74
 def plot_losses(path: Path, losses: Float[Tensor, "steps"]) -> None:

@@ -55,9 +55,100 @@ def test_with_net_keeps_all_settings(training):
     assert (other.s, other.predicts, other.variance, other.clip) == (m.s, "v", "beta", False)
 
 
-def test_the_state_of_a_model_is_that_of_its_network():
+# -------------------------------------------------------------------------------------------- what a state says
+
+
+def test_the_state_of_a_model_is_that_of_its_network_and_its_settings():
     net = OwnNet()
-    assert DDPM(net, S).state_dict().keys() == {f"net.{name}" for name in net.state_dict()}
+    state = DDPM(net, S).state_dict()
+    assert state.keys() == {f"net.{name}" for name in net.state_dict()} | {"_extra_state"}
+    assert all(torch.is_tensor(value) for value in state.values()), "as safetensors wants it"
+    shaped = DDPM(OwnNet(), S)
+    shaped.image_shape = (1, 8, 8)
+    m = DDPM(OwnNet(), linear_schedule(10, 0.01, 0.3))
+    m.load_state_dict(shaped.state_dict())
+    assert m.image_shape == (1, 8, 8) and torch.equal(m.net.first.weight, shaped.net.first.weight)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (dict(predicts="v"), "predicts must be 'v', as in the state_dict; got 'eps'"),
+        (dict(variance="beta"), "variance must be 'beta'"),
+        (dict(clip=False), "clip must be False"),
+        (dict(s=linear_schedule(20, 0.01, 0.3)), "schedule must be that of the state_dict, with T = 20"),
+        (dict(s=linear_schedule(10, 0.01, 0.2)), "schedule must be that"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_another_model_is_refused_and_changes_nothing(words, message, strict):
+    other, m = DDPM(OwnNet(), **dict(s=S) | words), DDPM(OwnNet(), S)
+    before = m.net.first.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        m.load_state_dict(other.state_dict(), strict=strict)
+    assert torch.equal(m.net.first.weight, before)
+    inside = torch.nn.ModuleDict({"m": m})  # as in a user's own module
+    with pytest.raises(ValueError, match=message):
+        inside.load_state_dict(torch.nn.ModuleDict({"m": other}).state_dict(), strict=strict)
+
+
+def test_an_earlier_state_without_settings_is_read():
+    net, m = OwnNet(), DDPM(OwnNet(), S)
+    older = {f"net.{name}": value for name, value in net.state_dict().items()}
+    assert m.load_state_dict(older).missing_keys == [] and len(older) == len(net.state_dict())
+    assert torch.equal(m.net.first.weight, net.first.weight)
+    DDPM(OwnNet(), S).to("meta").load_state_dict(m.state_dict(), assign=True)  # tables that hold no numbers
+
+
+# -------------------------------------------------------------------------------------------- kinds at the edge
+
+
+@pytest.mark.parametrize("wrong, name", [(dict(s=1000), "s"), (dict(s=torch.ones(3)), "s"), (dict(clip=1), "clip")])
+def test_what_is_no_model_is_refused_when_it_is_made(wrong, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        DDPM(OwnNet(), **dict(s=S) | wrong)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8.0), (1, 0, 8), (True, 8, 8)])
+def test_an_image_shape_is_three_whole_numbers(shape):
+    with pytest.raises(ValueError, match="^image_shape must be"):
+        DDPM(OwnNet(), S).image_shape = shape
+    m = DDPM(OwnNet(), S)
+    m.image_shape = torch.tensor([1, 8, 8])
+    assert m.image_shape == (1, 8, 8) and type(m.image_shape[0]) is int
+
+
+class Output:
+    "What networks of other libraries return."
+
+    sample = torch.zeros(1)
+
+
+@pytest.mark.parametrize("out", [Output(), (torch.zeros(1),), {"sample": torch.zeros(1)}, None])
+def test_a_network_that_returns_no_tensor_is_named(out):
+    with pytest.raises(ValueError, match=f"^net must return a tensor shaped like x_t, got {type(out).__name__}"):
+        DDPM(lambda x_t, t: out, S).p_step(torch.zeros(1, 1, 2, 2), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("variance", ["beta", "learned"])
+def test_networks_of_every_precision_are_served(dtype, variance):
+    m = tiny_model(S, variance=variance)
+    x = torch.randn(2, 1, 8, 8, generator=rng(1))
+    expected, step = m.p_step(x, 3), DDPM(m.net.to(dtype), S, variance=variance).p_step(x, 3)
+    assert step.mean.dtype == step.mean.dtype == torch.float32
+    torch.testing.assert_close(step.mean, expected.mean, rtol=0.05, atol=0.05)
+
+
+def test_tables_and_network_may_lie_apart_and_the_default_device_decides_nothing():
+    m = DDPM(OwnNet(), S).to("meta")
+    m.s = linear_schedule(10)
+    assert m.p_step(torch.zeros(1, 1, 2, 2, device="meta"), 3).mean.is_meta
+    torch.set_default_device("meta")
+    try:
+        assert DDPM(OwnNet().to_empty(device="cpu"), S).double().s.beta.device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
 
 
 # -------------------------------------------------------------------------------------------------- conditions

@@ -101,6 +101,59 @@ def test_json_is_written_and_read_alike_and_anything_else_is_refused(tmp_path):
         read_json(tmp_path / "b.json")
 
 
+@pytest.mark.parametrize(
+    "value, plain",
+    [(np.float32(0.5), 0.5), (np.int64(3), 3), (torch.tensor(2), 2), (np.bool_(True), True), (Path("a/b"), "a/b")],
+)
+def test_scalars_of_other_libraries_and_paths_are_written_as_plain_json(tmp_path, value, plain):
+    write_json(tmp_path / "a.json", dict(x=value, deep=[dict(y=value)]))
+    assert read_json(tmp_path / "a.json") == dict(x=plain, deep=[dict(y=plain)])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(tmp_path / "a.json", dict(x=torch.zeros(2)))
+    assert read_json(tmp_path / "a.json")["x"] == plain and names(tmp_path) == ["a.json"]
+
+
+NOT_OFFERED = [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOSYS]
+
+
+@pytest.mark.parametrize("number", [*NOT_OFFERED, errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("last", [None, "a.txt"])
+def test_a_flush_that_is_not_offered_is_no_failed_write_and_any_other_is(tmp_path, monkeypatch, number, last):
+    def fsync(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number in NOT_OFFERED:
+        atomic_folder(tmp_path / "model", files_of("a", "b"), last)
+        assert (tmp_path / "model" / "b" / "b.txt").read_text() == "b"
+    else:
+        with pytest.raises(OSError) as error:
+            atomic_folder(tmp_path / "model", files_of("a", "b"), last)
+        assert error.value.errno == number and not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_may_not_be_opened_is_written_all_the_same(tmp_path, monkeypatch):
+    opened = os.open
+
+    def open_files_only(path, *flags):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *flags)
+
+    monkeypatch.setattr(os, "open", open_files_only)
+    atomic_folder(tmp_path / "model", files_of("a", "b"))
+    assert find_damage(tmp_path / "model") is None
+
+
+def test_the_home_folder_is_found_wherever_a_path_enters(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.writable_folder("~/run") == tmp_path / "run" and Checkpoints("~/run").folder.parent == tmp_path / "run"
+    tiny_model().save_pretrained("~/run/model")
+    assert model_folder("~/run") == tmp_path / "run" / "model" and DDPM.from_pretrained("~/run/model").s.T == 20
+    with pytest.raises(ValueError, match="out must be a folder"):
+        files.writable_folder("~/run/model/model_index.json")
+
+
 def test_digests_are_sha256(tmp_path):
     content = random.Random(0).randbytes(3_000_000)
     (tmp_path / "x").write_bytes(content)

@@ -538,3 +538,89 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match="'google/ddpm-cifar10-32' is not a folder.*no connection"):
         load_ddpm("google/ddpm-cifar10-32")
+
+
+# What is there instead, and what a network of another kind becomes.
+
+
+@pytest.mark.parametrize(
+    "file", ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin", "model.ckpt"]
+)
+def test_where_the_weights_are_missing_the_error_names_what_is_there(saved, file):
+    (saved / WEIGHTS).rename((saved / WEIGHTS).with_name(file))
+    with pytest.raises(
+        ValueError, match=f"{WEIGHTS} cannot be read: it is not there; rename the one that fits: {file}$"
+    ):
+        load_ddpm(saved)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "ema_model."])
+def test_names_with_a_prefix_are_shown_beside_the_names_that_lack(saved, prefix):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    reweigh(saved, rename)
+    with pytest.raises(ValueError, match=f"conv_in.bias is missing; {prefix}conv_in.bias is not expected"):
+        load_ddpm(saved)
+
+
+def test_the_folder_of_a_run_names_the_model_in_it(tmp_path):
+    tiny().save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="folder of a run, not of a model: its newest model is .*run/model"):
+        load_ddpm(tmp_path / "run")
+
+
+@pytest.mark.parametrize("shape, size", [((1, 16, 16), 16), ((1, 8, 16), [8, 16]), ((1, 8, 8), 8)])
+def test_a_shape_set_by_hand_is_saved(tmp_path, shape, size):
+    m = tiny()
+    m.image_shape = shape
+    m.save_pretrained(tmp_path)
+    assert load_ddpm(tmp_path).image_shape == shape
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["sample_size"] == size
+
+
+class Doubled(UNet):
+    def forward(self, x_t, t, **cond):
+        return 2 * super().forward(x_t, t, **cond)
+
+
+def extended():
+    net = UNet(**TINY)
+    net.extra = torch.nn.Linear(2, 2)  # as adapters add layers
+    return net
+
+
+def normed():
+    net = OwnNet()
+    torch.nn.utils.parametrizations.weight_norm(net.first)
+    return net
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(**TINY), extended, normed])
+def test_what_is_no_plain_unet_is_saved_as_a_network_of_ones_own(tmp_path, make):
+    m = DDPM(make(), linear_schedule(20)).eval()
+    m.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which no file can build"):
+        load_ddpm(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_ddpm(tmp_path, net=make()).p_step(noise(), 7).mean, m.p_step(noise(), 7).mean)
+
+
+def test_a_network_of_ones_own_with_another_configuration_is_not_filled(tmp_path):
+    DDPM(Doubled(**TINY), linear_schedule(20)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="net must have norm_eps=1e-05"):
+        load_ddpm(tmp_path, net=Doubled(**TINY | dict(norm_eps=0.1)))
+    net = Doubled(**TINY)
+    net.config["table"] = torch.zeros(3)  # what JSON cannot hold is no part of it
+    DDPM(net, linear_schedule(20)).save_pretrained(tmp_path)
+    load_ddpm(tmp_path, net=Doubled(**TINY))
+
+
+def test_double_precision_is_kept_and_shared_weights_are_written(tmp_path):
+    m = DDPM(tiny().net.double(), linear_schedule(20))
+    m.net.mid_block.resnets[0].conv1.weight = m.net.mid_block.resnets[0].conv2.weight
+    m.save_pretrained(tmp_path)
+    back = load_ddpm(tmp_path)
+    assert back.net.conv_in.weight.dtype == torch.float64 and same(back, m)

@@ -108,6 +108,12 @@ def test_where_a_tracker_is_missing_the_line_to_install_it_is_given(monkeypatch)
         trackers("wandb")
 
 
+@pytest.mark.parametrize("value, cpu", [("True", True), ("1", True), ("False", False), ("", False)])
+def test_the_words_of_accelerates_variables_are_understood(monkeypatch, value, cpu):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    assert processes.is_set("ACCELERATE_USE_CPU") == cpu and not processes.is_set("ACCELERATE_USE_NOTHING")
+
+
 # -- work and random numbers
 
 
@@ -151,6 +157,15 @@ def test_modes_and_random_numbers_are_given_back_also_after_an_error():
     assert [part.training for part in net.modules()] == [False, False, True, False]
     torch.manual_seed(3)
     assert torch.equal(torch.rand(2), first) and torch.equal(borrowed.random()[0], torch.get_rng_state())
+
+
+def test_what_mixed_precision_puts_into_the_network_is_taken_out_again():
+    net = nn.Linear(2, 2)
+    for before in ({}, {"forward": net.forward}):
+        vars(net).update(before)
+        with Borrowed(net, 3, CPU).use():
+            net._original_forward, net.forward = net.forward, lambda x: x  # as accelerate does
+        assert vars(net).get("forward") == before.get("forward") and "_original_forward" not in vars(net)
 
 
 # -- signals

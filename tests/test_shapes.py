@@ -176,6 +176,9 @@ def calls(d: Names, folder: Path) -> None:
     trainer = d.Trainer(d.DDPM.from_pretrained(folder / "run" / "model"), few, again)
     trainer.fit(), trainer.log.add(1, torch.tensor(0.5), torch.tensor(1.0)), d.import_accelerate()
     repr(d.Stopped(15, 3, None))
+    claim = d.FolderClaim(folder / "run")
+    claim.path.write_text("{}")  # of a run elsewhere
+    d.is_alive(claim.path, claim.holder(), claim.mine), claim.path.unlink(), d.as_plain(folder), d.printable(folder)
     with d.fork_rng(0, torch.device("cpu")), d.error_advice(config, None):
         d.end_processes()
     (
