@@ -94,6 +94,18 @@ def import_accelerate():
     return accelerate
 
 
+def import_matplotlib() -> None:
+    "Import matplotlib; a backend of another environment, which MPLBACKEND may name, is not set."
+    if "matplotlib" not in sys.modules:
+        backend = os.environ.pop("MPLBACKEND", "")
+        try:
+            import matplotlib
+        finally:
+            os.environ |= {"MPLBACKEND": backend} if backend else {}
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams.update({"backend": backend} if backend else {})
+
+
 def end_processes() -> None:
     "Leave the process group that torchrun or `accelerate launch` made, if there is one."
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -292,9 +292,14 @@ def test_a_folder_of_other_pictures_is_left_alone(asking, tmp_path, capsys):
 
 def test_a_larger_n_goes_on(asking, tmp_path):
     assert asking("more", form="png") == (0, 9)
-    assert asking("more", "-n", "13", form="png") == (0, 6), "the third batch was not full"
+    before = dict(content(tmp_path / "more"))
+    assert asking("more", "-n", "13", form="png") == (0, 3), "the third batch was not full, and stays"
+    assert {name: dict(content(tmp_path / "more"))[name] for name in before if "png" in name} == {
+        name: value for name, value in before.items() if "png" in name
+    }
     assert asking("once", "-n", "13", form="png") == (0, 12)
-    assert content(tmp_path / "more") == content(tmp_path / "once")
+    assert asking("full", "-n", "8", form="png") == (0, 6) and asking("full", "-n", "13", form="png") == (0, 6)
+    assert content(tmp_path / "full") == content(tmp_path / "once"), "a batch that was full is followed by the next"
     asking("x.npz", event=nan, at=7)
     assert asking("x.npz", "-n", "13") == (0, 6)
     images = [np.asarray(Image.open(tmp_path / "once" / f"{k:05d}.png")) for k in range(13)]
@@ -403,7 +408,7 @@ def test_resume_takes_its_settings_from_the_run_and_pictures_go_with_the_checkpo
     names = [p.name for p in sorted((tmp_path / "b" / "samples").iterdir())]
     assert names == ["step-00000002.png", "step-00000004.png"]
     words = ["train", "--resume", "--out", str(tmp_path / "b")]
-    assert "layers_per_block must be 1" in refused_last(capsys, *words, "--layers", "2")
+    assert "--layers must be 1" in refused_last(capsys, *words, "--layers", "2")
     assert "holds a run of 4 steps" in refused_last(capsys, "train", "--out", str(tmp_path / "b"), *SHORT)
     (tmp_path / "b" / "train.json").write_text("{")
     assert "train.json cannot be read" in refused_last(capsys, *words)
@@ -581,11 +586,11 @@ def test_two_processes_share_a_request(tiny, tmp_path):
     "words,said",
     [
         (["train", "--data", "digitz"], "did you mean 'digits'"),
-        (["train", "--T", "1"], "T must be at least 2"),
-        (["train", "--preset", "celebahq256"], "data must be given for the preset celebahq256"),
-        (["train", "--accumulate", "0"], "accumulate must be at least 1"),
-        (["train", "--beta-1", "0"], "beta_1 must lie in (0, 1)"),
-        (["train", "--beta-T", "1"], "beta_T must lie in (0, 1)"),
+        (["train", "--T", "1"], "--T must be at least 2"),
+        (["train", "--preset", "celebahq256"], "--data must be given for the preset celebahq256"),
+        (["train", "--accumulate", "0"], "--accumulate must be at least 1"),
+        (["train", "--beta-1", "0"], "--beta-1 must lie in (0, 1)"),
+        (["train", "--beta-T", "1"], "--beta-T must lie in (0, 1)"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--ema", "1"], "ema must lie in [0, 1)"),
         (["train", "--out", "/dev/null/run"], "out must be a folder"),
@@ -593,7 +598,7 @@ def test_two_processes_share_a_request(tiny, tmp_path):
         (["train", "--variance", "learned"], "objective must be 'bound' for a learned variance"),
         (["demo", "--samples", "3"], "samples must be at least 4"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
-        (["demo", "--sampling-steps", "1001"], "sampling_steps must"),
+        (["demo", "--sampling-steps", "1001"], "--sampling-steps must"),
         (["demo", "--seed", "-1"], "seed must be at least 0"),
         (["sample", "/nowhere"], "does not exist"),
         (["evaluate", "/nowhere"], "does not exist"),
@@ -612,11 +617,11 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, monkeypatch, wo
         (["sample", "--steps", "0"], "steps must be a whole number"),
         (["sample", "--sampler", "ancestral", "--steps", "1"], "steps must be a whole number from 2"),
         (["sample", "--eta", "1.5"], "eta must lie in [0, 1]"),
-        (["sample", "-n", "0"], "n must be at least 1"),
+        (["sample", "-n", "0"], "-n must be at least 1"),
         (["sample", "--seed", "-1"], "seed must"),
         (["sample", "--sampler", "ancestral", "--eta", "0.5"], "eta is for ddim"),
         (["sample", "--eta", "nan"], "eta must lie in [0, 1]"),
-        (["sample", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["sample", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["sample", "-n", "4097"], "--format npz or png"),
         (["sample", "-n", "4097", "--out", "grid.png"], "n must be at most 4096"),
         (["sample", "--out", "grid.bmp"], "must be a file that ends in .png or .npz"),
@@ -635,8 +640,8 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, monkeypatch, wo
         ),
         (["sample", "--every", "2", "--out", "x.jpg"], "must be a file that ends in .gif or .png"),
         (["sample", "--every", "2", "-n", "65"], "n must be at most 64 for one animation"),
-        (["sample", "--every", "0"], "every must be from 1 to the number of steps, 50"),
-        (["sample", "--every", "6", "--steps", "5"], "every must be from 1 to the number of steps, 5"),
+        (["sample", "--every", "0"], "--every must be from 1 to the number of steps, 50"),
+        (["sample", "--every", "6", "--steps", "5"], "--every must be from 1 to the number of steps, 5"),
         (["sample", "--out", "/dev/null/x/grid.png"], "must be a folder"),
     ],
 )

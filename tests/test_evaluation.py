@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_lit import evaluation, metrics
 from ddpm_lit.bound import vlb_terms
+from ddpm_lit.cli import scorecard, versions
 from ddpm_lit.ddpm import DDPM, PREDICTS, VARIANCES, first_step_patched
 from ddpm_lit.evaluation import (
     bound_sums,
@@ -27,7 +28,6 @@ from ddpm_lit.evaluation import (
     means_and_errors,
     rate_distortion,
     sample_terms,
-    scorecard,
 )
 from ddpm_lit.exact import GaussianData, MixtureData, error_floor, exact_ddpm, expected_bound, optimal_variance
 from ddpm_lit.forward import linear_schedule
@@ -584,8 +584,7 @@ def test_a_scorecard_has_the_numbers_of_a_run(run, tmp_path, digits, measure):
     assert bits["calls"] == 5 and bits == evaluate_model(m, digits, n=12, calls=5)
     for name, value in card.items():
         assert result["samples"][name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), name
-    versions = evaluation.versions()
-    assert versions["torch"] == torch.__version__ and versions.keys() == {"ddpm_lit", "torch", "python"}
+    assert versions()["torch"] == torch.__version__ and versions().keys() == {"ddpm_lit", "torch", "python"}
     long = DDPM(lambda x, t: 0 * x, linear_schedule(60))
     assert scorecard(long, digits, pixels, 0, False)["bits_per_dim"]["calls"] == 50
 
