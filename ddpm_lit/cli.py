@@ -345,7 +345,10 @@ def print_error(error: BaseException, command: str = "") -> int:
 HELP = """Train denoising diffusion models on images, draw new images from them, and measure how good these are.
 
 demo shows all of it on handwritten digits, in about two minutes; train, sample and evaluate are its parts.
-Example: ddpm_lit train --data photos --size 32 --out runs/photos, then ddpm_lit sample runs/photos -n 64"""
+
+Example: ddpm_lit train --data photos --size 32 --out runs/photos, then ddpm_lit sample runs/photos -n 64
+
+COMMAND --help explains the options of a command; ddpm_lit --version prints the version."""
 
 
 def parse(args: Sequence[str]) -> Command:

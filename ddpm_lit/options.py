@@ -361,8 +361,8 @@ class Sample(_SampleOptions):
         if labels is not None:
             request["labels"] = labels
             labels = torch.tensor(labels, device="cpu")[torch.arange(self.n, device="cpu") % len(labels)]
-        if self.every is not None:
-            as_integer("every", self.every, 1, self.sampling.network_calls(m))
+        if self.every is not None and not 1 <= self.every <= request["steps"]:
+            raise ValueError(f"every must be from 1 to the number of steps, {request['steps']}; got {self.every}")
         parts = path.with_name(path.name + ".parts")
         if parts.is_file():
             raise ValueError(f"out must be another path: {parts}, the place of finished batches, is a file")

@@ -195,7 +195,7 @@ def shard_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rank, processes = process or (this_process().process_index, this_process().num_processes)
-    return list(enumerate(torch.arange(n).split(batch_size)))[rank::processes]
+    return list(enumerate(torch.arange(n, device="cpu").split(batch_size)))[rank::processes]
 
 
 def undo_sharding(by_process: list[list]) -> list:
