@@ -40,7 +40,7 @@ from ddpm_lit.sampler import Sampling
 from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
 from ddpm_lit.unet import PRESETS
 
-# %% ../nbs/40_command_line.ipynb #6
+# %% ../nbs/40_command_line.ipynb #7
 @dataclass(frozen=True)
 class _Measurements(RunOptions):
     "Options of `evaluate`: what to measure, on which images."
@@ -58,7 +58,7 @@ class _Measurements(RunOptions):
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500
     """number of samples to draw, and of real images for bits/dim (all where there are fewer)"""
 
-# %% ../nbs/40_command_line.ipynb #7
+# %% ../nbs/40_command_line.ipynb #8
 @dataclass(frozen=True)
 class Evaluate(_Measurements):
     """Evaluate a trained model: bits/dim of real images, and quality of samples. The same command resumes.
@@ -97,7 +97,7 @@ def format_table(results: dict, indent: str = "") -> str:
             lines.append(f"{indent}{name:<{30 - len(indent)}}{text}")
     return "\n".join(lines)
 
-# %% ../nbs/40_command_line.ipynb #10
+# %% ../nbs/40_command_line.ipynb #11
 @dataclass(frozen=True)
 class _DemoOptions(Command):
     "Options of `demo`."
@@ -115,7 +115,7 @@ class _DemoOptions(Command):
     progress: bool = True
     """show progress bars"""
 
-    def in_the_way(self) -> None:
+    def check_folder(self) -> None:
         "Make the folder; `ValueError` where something in it would be in the way of the model or the metrics."
         for path in (writable_folder(self.out) / "model", self.out / "metrics.json"):
             if path.exists() and path.is_dir() != (path.name == "model"):
@@ -128,10 +128,10 @@ class _DemoOptions(Command):
             raise ValueError(f"sampling_steps must be from 2 to T = 1000, got {self.sampling_steps}")
         config = preset_config("digits", steps=self.steps, seed=self.seed, out=None, progress=self.progress)
         checked, m = config.checked(), Train(config, schedule=PRESETS["digits"].schedule).model(images)
-        self.in_the_way()
+        self.check_folder()
         return Trainer(m, images, checked)
 
-# %% ../nbs/40_command_line.ipynb #13
+# %% ../nbs/40_command_line.ipynb #14
 def scorecard(m: DDPM, images: Images, pixels: UInt8[Tensor, "n c h w"], seed: int, progress: bool) -> dict:
     "Return the scores of samples, and bits/dim of as many `images` by 50 calls for each: on the main process."
     scores = evaluate_samples(pixels, images, seed=seed)
@@ -142,7 +142,7 @@ def versions() -> dict[str, str]:
     "Return the versions of the package, of torch and of Python."
     return {"ddpm_lit": ddpm_lit.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
-# %% ../nbs/40_command_line.ipynb #16
+# %% ../nbs/40_command_line.ipynb #17
 @dataclass(frozen=True)
 class Demo(_DemoOptions):
     "Train on real handwritten digits for about a minute, draw 500 new ones, and evaluate them."
@@ -172,7 +172,7 @@ class Demo(_DemoOptions):
                 plot_losses(out / "loss.png", losses)
             print(demo_report(out, metrics))
 
-# %% ../nbs/40_command_line.ipynb #17
+# %% ../nbs/40_command_line.ipynb #18
 CLOCKS = ("seconds", "sampling_seconds", "measuring_seconds")
 
 
@@ -199,7 +199,7 @@ Try next:
   ddpm_lit evaluate {out} --bpd -n 64
   ddpm_lit train --preset digits --steps 3000 --out runs/longer"""
 
-# %% ../nbs/40_command_line.ipynb #21
+# %% ../nbs/40_command_line.ipynb #22
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 PATH_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EXDEV, errno.ENOTEMPTY)
 
@@ -229,7 +229,7 @@ def exit_code(error: BaseException) -> int:
     wrong = isinstance(error, ValueError | ImportError) or of_a_path or too_large or is_compiler_error(error)
     return 2 if wrong else 1
 
-# %% ../nbs/40_command_line.ipynb #24
+# %% ../nbs/40_command_line.ipynb #25
 COMMANDS = {"demo": Demo, "train": Train, "sample": Sample, "evaluate": Evaluate}
 OTHER_NAMES = {"n": "-n", "source": "--data", "layers_per_block": "--layers", "calls": "--bpd-calls", "m": "the model"}
 
@@ -264,7 +264,7 @@ def error_message(error: BaseException, command: str = "") -> str:
         text = f"{type(error).__name__}: {first} (DDPM_LIT_TRACEBACK=1 shows where)"
     return one_line("; ".join([text, *getattr(error, "__notes__", [])]))
 
-# %% ../nbs/40_command_line.ipynb #27
+# %% ../nbs/40_command_line.ipynb #28
 class SafeStream:
     "A text stream around another: characters that it cannot encode are escaped, and nobody has to be reading."
 
@@ -297,7 +297,7 @@ class SafeStream:
         with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
 
-
+# %% ../nbs/40_command_line.ipynb #29
 @contextlib.contextmanager
 def safe_streams():
     "Put a `SafeStream` around stdout and stderr, where they are there."
@@ -308,7 +308,7 @@ def safe_streams():
     finally:
         sys.stdout, sys.stderr = streams
 
-# %% ../nbs/40_command_line.ipynb #30
+# %% ../nbs/40_command_line.ipynb #32
 @contextlib.contextmanager
 def show_log():
     "Print the package's log records and all warnings on stderr, a line each."
@@ -341,7 +341,7 @@ def print_error(error: BaseException, command: str = "") -> int:
         print("ddpm_lit:", error_message(error, command), file=sys.stderr)
     return exit_code(error)
 
-# %% ../nbs/40_command_line.ipynb #32
+# %% ../nbs/40_command_line.ipynb #34
 HELP = """Train denoising diffusion models on images, draw new images from them, and measure how good these are.
 
 demo shows all of it on handwritten digits, in about two minutes; train, sample and evaluate are its parts.

@@ -139,7 +139,7 @@ def bound_sums(
         nats = -discretized_log_prob(p, x0) if decodes else q_posterior(s, x0, x_t, t).kl(p)
         bits = bits_per_dim(per_image(nats), x0).double() * coefficient
         error = (x0_hat - x0).square().flatten(1).mean(1).double()
-        for name, value in dict(terms=bits, squares=bits**2, asked=torch.ones_like(bits), error=error).items():
+        for name, value in {"terms": bits, "squares": bits**2, "asked": torch.ones_like(bits), "error": error}.items():
             sums[name].index_add_(0, t, value)
         total += bits
         if bar is not None:
@@ -161,7 +161,7 @@ def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> Bits
     x0_error = sums["error"] / sums["asked"]
     return BitsPerDim(total, error, sums["prior"].item() / n, terms, terms_error, x0_error, n, calls or len(terms))
 
-# %% ../nbs/19_evaluation.ipynb #25
+# %% ../nbs/19_evaluation.ipynb #26
 def full_precision(m: DDPM) -> tuple[DDPM, torch.dtype]:
     "Return a model that the bound is computed with, and the dtype of its images: the network's, but at least float32."
     dtype = next((p.dtype for p in m.parameters() if p.is_floating_point()), torch.float32)
@@ -169,7 +169,7 @@ def full_precision(m: DDPM) -> tuple[DDPM, torch.dtype]:
         return m, dtype
     return m.with_net(lambda x_t, t, **cond: m.net(x_t.to(dtype), t, **cond).float()), torch.float32
 
-
+# %% ../nbs/19_evaluation.ipynb #28
 def batch_sums(m: DDPM, images, indices: Int64[Tensor, "b"], calls: int | None, generator, bar=None) -> dict:
     "Return `bound_sums` of the images at `indices`, on the network's device; one with classes gets their labels."
     labels = None if images.labels is None else images.labels[indices].to(m.device)
@@ -210,14 +210,14 @@ def evaluate_bpd(
             sums = {name: sums[name] + batch[name] for name in sums}
     return means_and_errors({name: all_reduce_sum(x) for name, x in sums.items()}, n, calls)
 
-# %% ../nbs/19_evaluation.ipynb #39
+# %% ../nbs/19_evaluation.ipynb #42
 class RateDistortion(NamedTuple):
     "Bits/dim that a receiver of x_T, …, x_t has got, and the RMS error of its x_0-hat, of 255, for t = 0 … T."
 
     rate: Float64[Tensor, "T+1"]
     distortion: Float64[Tensor, "T+1"]
 
-# %% ../nbs/19_evaluation.ipynb #40
+# %% ../nbs/19_evaluation.ipynb #43
 def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     """Return rate and distortion over t, from the result of `evaluate_bpd`. Raise `ValueError` unless it has all terms.
 
@@ -229,7 +229,7 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     rate = bits.prior + torch.cat([bits.terms.flip(0).cumsum(0).flip(0), nothing])
     return RateDistortion(rate, torch.cat([nothing, 127.5 * bits.squared_error.sqrt()]))
 
-# %% ../nbs/19_evaluation.ipynb #46
+# %% ../nbs/19_evaluation.ipynb #49
 def check_labels(m: DDPM, images: Images | StoredImages, name: str = "images") -> None:
     "Raise `ValueError` where the network of `m` has classes and `images` have no labels, or labels out of its range."
     if class_condition(m.net, torch.zeros(1)):
@@ -250,7 +250,7 @@ def measure_bpd(
     result = dict(total=bits.total, standard_error=bits.error, prior=bits.prior, kl=bits.kl.sum().item())
     return bits, result | dict(decoder=bits.decoder, n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
 
-# %% ../nbs/19_evaluation.ipynb #47
+# %% ../nbs/19_evaluation.ipynb #50
 def evaluate_model(
     m: DDPM, images: UInt8[Tensor, "n c h w"] | Images | StoredImages, *, n: int | None = None,
     calls: int | None = None, seed: int = 0, batch_size: int = 128, progress: bool = False,
@@ -264,7 +264,7 @@ def evaluate_model(
     images = Images(images) if isinstance(images, Tensor) else images
     return measure_bpd(m, images, len(images) if n is None else n, calls, seed, batch_size, progress)[1]
 
-# %% ../nbs/19_evaluation.ipynb #50
+# %% ../nbs/19_evaluation.ipynb #53
 @contextlib.contextmanager
 def decoration(picture: Path):
     "Turn an error in drawing `picture` into a warning: a picture never costs a number."
@@ -274,7 +274,7 @@ def decoration(picture: Path):
     except Exception as error:
         warnings.warn(f"{picture} could not be drawn: {error}", stacklevel=3)
 
-# %% ../nbs/19_evaluation.ipynb #53
+# %% ../nbs/19_evaluation.ipynb #56
 def plot_bits(path: Path, bits: BitsPerDim) -> None:
     "Draw the terms of the bound and, where all were computed, rate and distortion, into a PNG file."
     from matplotlib.figure import Figure
@@ -294,7 +294,7 @@ def plot_bits(path: Path, bits: BitsPerDim) -> None:
     left.set(xlabel="t", ylabel="bits/dim", yscale="log")
     figure.savefig(path, format="png")
 
-# %% ../nbs/19_evaluation.ipynb #56
+# %% ../nbs/19_evaluation.ipynb #59
 def check_request(config) -> None:
     "Raise `ValueError`, naming the option, for what is wrong in `config` itself."
     as_integer("n", config.n, least=4), as_integer("batch_size", config.batch_size, least=1)
@@ -305,7 +305,7 @@ def check_request(config) -> None:
     if config.inception_file and config.features != "inception":
         raise ValueError(f"inception_file must come with --features inception, got {str(config.inception_file)!r}")
 
-# %% ../nbs/19_evaluation.ipynb #60
+# %% ../nbs/19_evaluation.ipynb #63
 def make_features(config, images: Images | StoredImages | None) -> Callable:
     "Return the features of the request. Raise `ValueError` for images on which no classifier can be trained."
     if config.features == "inception":
@@ -326,7 +326,7 @@ def load_reference(path: Path, features: Callable, shape: tuple[int, int, int]) 
         raise ValueError(f"{text} {d} features, {path} holds some of {len(statistics.mean)}")
     return statistics
 
-# %% ../nbs/19_evaluation.ipynb #63
+# %% ../nbs/19_evaluation.ipynb #66
 def sample_labels(m: DDPM, images: Images | StoredImages, n: int, seed: int) -> Int64[Tensor, "n"] | None:
     "Return the labels of `n` random images, in an order that `seed` gives; None where the network has no classes."
     if not class_condition(m.net, torch.zeros(1)):
@@ -345,7 +345,7 @@ def read_images(config, m: DDPM) -> Images | StoredImages:
     check_labels(m, images, "data")
     return images
 
-# %% ../nbs/19_evaluation.ipynb #65
+# %% ../nbs/19_evaluation.ipynb #68
 class EvaluationRun:
     "The work for `config`: `results` go into the file `out`, pictures into `folder`. Creation checks the request."
 
@@ -374,7 +374,7 @@ class EvaluationRun:
             writable_folder(config.reference.parent if config.reference else self.out.parent)
         writable_folder(self.out.parent)
 
-# %% ../nbs/19_evaluation.ipynb #68
+# %% ../nbs/19_evaluation.ipynb #71
 def write_results(work: EvaluationRun, name: str, result: dict) -> None:
     "Write a result under its name, beside the entries that the file has of the same model."
     if is_main_process():
@@ -393,7 +393,7 @@ def remove_caches(work: EvaluationRun) -> None:
         for name in ["bits.parts"] * work.bpd + ["samples.parts"] * work.fd:
             remove_folder(work.folder / name)
 
-# %% ../nbs/19_evaluation.ipynb #70
+# %% ../nbs/19_evaluation.ipynb #73
 def measure_bits(work: EvaluationRun) -> None:
     "Measure bits/dim; write the numbers and their picture."
     config, seed = work.config, work.config.sampling.seed
@@ -409,7 +409,7 @@ def measure_bits(work: EvaluationRun) -> None:
         with decoration(work.folder / "bits.png"), atomic_write(work.folder / "bits.png") as path:
             plot_bits(path, bits)
 
-# %% ../nbs/19_evaluation.ipynb #72
+# %% ../nbs/19_evaluation.ipynb #75
 def work_reference(work: EvaluationRun) -> tuple[Reference, str]:
     "Return what the samples are compared with, and its name: a file of statistics, or the real images."
     config, seed = work.config, work.config.sampling.seed
@@ -440,7 +440,7 @@ def measure_samples(work: EvaluationRun) -> None:
         with decoration(work.folder / "samples.png"), atomic_write(work.folder / "samples.png") as path:
             save_grid(path, torch.from_numpy(np.concatenate(list(first))[:100]))
 
-# %% ../nbs/19_evaluation.ipynb #74
+# %% ../nbs/19_evaluation.ipynb #77
 def evaluate_run(config) -> EvaluationRun:
     "Measure the model in a folder; return the `EvaluationRun`. Interrupted, the same request resumes in the next call."
     work = EvaluationRun(config)

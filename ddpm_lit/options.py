@@ -311,6 +311,14 @@ class GrowingPictures(CachedPictures):
         return range(self.first[i], self.first[i + 1])
 
 # %% ../nbs/39_options.ipynb #38
+def check_run(run: Path) -> None:
+    "Raise `ValueError` where the folder of a run holds no model, or a `UNet` without the size of its images."
+    folder = model_folder(run)
+    for path in (folder / "unet" / "config.json", folder / "config.json"):
+        if path.is_file() and read_json(path).get("sample_size") is None:
+            raise ValueError(f"run must hold a model of images of one size, but sample_size is not set in {path}")
+
+# %% ../nbs/39_options.ipynb #41
 @dataclass(frozen=True)
 class RunOptions(Command):
     "Options of `sample` and `evaluate`: the model, and how to draw from it."
@@ -337,30 +345,20 @@ class _SampleOptions(RunOptions):
     every: int | None = None
     """write the sampling trajectory, a frame every so many steps: as a .gif, or as a .png with a row for each image"""
 
-# %% ../nbs/39_options.ipynb #40
-def check_run(run: Path) -> None:
-    "Raise `ValueError` where the folder of a run holds no model, or a `UNet` without the size of its images."
-    folder = model_folder(run)
-    for path in (folder / "unet" / "config.json", folder / "config.json"):
-        if path.is_file() and read_json(path).get("sample_size") is None:
-            raise ValueError(f"run must hold a model of images of one size, but sample_size is not set in {path}")
-
-
+# %% ../nbs/39_options.ipynb #42
 @dataclass(frozen=True)
 class Sample(_SampleOptions):
     "Draw images from a trained model. After an interruption, the same command resumes."
 
     def work(self) -> None:
-        for name in ("n", "batch_size"):
-            as_integer(name, getattr(self, name), least=1)
+        as_integer("n", self.n, least=1), as_integer("batch_size", self.batch_size, least=1)
         output, path = resolve_output(self.out, self.format, self.every, self.n)
         check_run(self.run_folder)
         m = load_run(self.run_folder)
         request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
         labels = parse_labels(self.labels, m.net.config["num_class_embeds"])
-        if labels is not None:
-            request["labels"] = labels
-            labels = torch.tensor(labels, device="cpu")[torch.arange(self.n, device="cpu") % len(labels)]
+        request |= {} if labels is None else dict(labels=labels)
+        labels = labels and torch.tensor(labels, device="cpu").repeat(-(-self.n // len(labels)))[: self.n]
         if self.every is not None and not 1 <= self.every <= request["steps"]:
             raise ValueError(f"every must be from 1 to the number of steps, {request['steps']}; got {self.every}")
         parts = path.with_name(path.name + ".parts")
