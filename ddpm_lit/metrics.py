@@ -145,7 +145,7 @@ def feature_statistics(features: Float[Tensor, "n d"], name: str = "") -> Featur
 def label_obstacle(labels: Int64[Tensor, "n"], held_out: int) -> str | None:
     "Return what `labels` lack for a classifier that holds out that many of the images, or None."
     (classes, counts), n = labels.unique(return_counts=True), len(labels)
-    least, most = math.ceil(2 * n / (n - held_out)), min(held_out, (n - held_out) // 10)
+    least, most = 2 if len(classes) > 2 else math.ceil(2 * n / (n - held_out)), min(held_out, n - held_out)
     if len(classes) < 2:
         return f"have images of two classes or more (all are of class {classes[0]})"
     if counts.min() < least:
