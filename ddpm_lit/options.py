@@ -158,8 +158,11 @@ class _Model(_RunAndImages):
 
 # %% ../nbs/39_options.ipynb #23
 def full_path(data: str) -> str:
-    "Return local `data` as an absolute path; a name of a data set stays."
-    return str(Path(data).absolute()) if data not in NAMED.keys() | HUB.keys() and Path(data).exists() else data
+    "Return local `data` as an absolute path; a name of a data set stays, as `load_images` decides it."
+    path = Path(data)
+    run_or_file = not path.is_dir() or (path / "train.json").is_file()
+    known = data in NAMED or data in HUB and run_or_file
+    return str(path.absolute()) if path.exists() and not known else data
 
 
 def check_resumable(config: TrainConfig) -> None:

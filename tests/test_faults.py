@@ -244,6 +244,8 @@ def test_local_data_are_written_with_their_full_path(tmp_path, monkeypatch, no_t
     monkeypatch.setattr(options, "load_images_once", lambda data, *_: seen.append(data) or load_images(data))
     assert cli.main(["train", "--resume", "--out", str(tmp_path / "run"), *QUIET]) == 0
     assert seen == [str(tmp_path / "pics.npy")]
+    Path("cifar10").mkdir(), Path("mnist").touch(), Path("digits").mkdir()
+    assert options.full_path("cifar10") == str(tmp_path / "else" / "cifar10") and options.full_path("mnist") == "mnist"
     assert options.full_path("digits") == "digits" and options.full_path("owner/name:config") == "owner/name:config"
 
 
