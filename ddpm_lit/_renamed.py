@@ -100,13 +100,15 @@ _MOVED = {
     "evaluation": """
         BitsPerDim Evaluation=EvaluationRun RateDistortion asked_times=sample_terms bound_sums check_request
         evaluate_bpd features_for=make_features finish=remove_caches means_and_errors measure_bits measure_samples
-        measured_bits=measure_bpd no_sums=zero_sums plot_bits read_reference=load_reference scorecard versions
-        write_results
+        measured_bits=measure_bpd no_sums=zero_sums plot_bits read_reference=load_reference write_results
+    """,
+    "options": """
+        FORMS=OUTPUT_FORMATS Sample Train Typed=UncheckedTrainConfig destination=resolve_output recipe_of=default_train
+        typed=option_value
     """,
     "cli": """
-        Demo Evaluate FORMS=OUTPUT_FORMATS Sample Train Typed=UncheckedTrainConfig complain=print_error
-        destination=resolve_output findings=demo_report main recipe_of=default_train shown_log=show_log
-        table=format_table typed=option_value
+        Demo Evaluate complain=print_error findings=demo_report main scorecard shown_log=show_log table=format_table
+        versions
     """,
 }
 

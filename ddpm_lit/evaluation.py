@@ -6,9 +6,10 @@
 __all__ = ['rate_distortion', 'evaluate_model']
 
 # %% ../nbs/19_evaluation.ipynb #3
+import contextlib
 import itertools
 import math
-import platform
+import warnings
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,6 @@ import torch
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
-import ddpm_lit
 from ddpm_lit.bound import bits_per_dim, discretized_log_prob, per_image, prior_term
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.files import (
@@ -33,7 +33,7 @@ from ddpm_lit.files import (
     writable_folder,
     write_json,
 )
-from ddpm_lit.forward import Schedule, q_sample
+from ddpm_lit.forward import Schedule, as_integer, q_sample
 from ddpm_lit.gaussian import randn
 from ddpm_lit.images import Images, save_grid, to_network
 from ddpm_lit.loading import StoredImages, data_digest, load_images_once
@@ -46,7 +46,6 @@ from ddpm_lit.metrics import (
     Reference,
     classifier_obstacle,
     compare_samples,
-    evaluate_samples,
     make_reference,
     noise_statistics,
 )
@@ -57,6 +56,7 @@ from ddpm_lit.processes import (
     all_reduce_sum,
     batch_generator,
     compute_once,
+    import_matplotlib,
     is_main_process,
     progress_bar,
     shard_batches,
@@ -73,18 +73,18 @@ def term_probabilities(s: Schedule) -> Float64[Tensor, "terms"]:
     return (shape / shape.sum() + 1 / len(shape)) / 2
 
 
-def sample_terms(s: Schedule, calls: int | None, b: int, generator: torch.Generator | None):
+def sample_terms(s: Schedule, calls: int | None, b: int, generator: torch.Generator | None, device=None):
     """Yield, for `b` images, the t of a term, its coefficient (both (b,)), and whether it is the decoder's.
 
     With the coefficients the sum is unbiased. All t where `calls` is None; else `calls` - 1 random ones for each image.
     The decoder's, t = 0, comes last.
     """
-    device = s.beta.device
+    device = s.beta.device if device is None else device
     ones = torch.ones(b, dtype=torch.float64, device=device)
     if calls is None:
         yield from ((torch.full((b,), t, device=device), ones, False) for t in range(1, s.T))
     else:
-        q, k = term_probabilities(s), calls - 1
+        q, k = term_probabilities(s).to(device), calls - 1
         edges = q.cumsum(0)
         for j in range(k):
             u = torch.rand(b, generator=generator, dtype=torch.float64, device=generator and generator.device)
@@ -133,14 +133,13 @@ def bound_sums(
     s, sums = m.s, zero_sums(m.s.T, x0.device)
     prior = bits_per_dim(prior_term(s, x0), x0).double()
     total = prior.clone()
-    for t, coefficient, decodes in sample_terms(s, calls, len(x0), generator):
+    for t, coefficient, decodes in sample_terms(s, calls, len(x0), generator, x0.device):
         x_t = q_sample(s, x0, t, randn(x0.shape, x0, generator))
         p, x0_hat = m.reverse(x_t, t, **(cond or {}))
         nats = -discretized_log_prob(p, x0) if decodes else q_posterior(s, x0, x_t, t).kl(p)
         bits = bits_per_dim(per_image(nats), x0).double() * coefficient
         error = (x0_hat - x0).square().flatten(1).mean(1).double()
-        values = {"terms": bits, "squares": bits**2, "asked": torch.ones_like(bits), "error": error}
-        for name, value in values.items():
+        for name, value in {"terms": bits, "squares": bits**2, "asked": torch.ones_like(bits), "error": error}.items():
             sums[name].index_add_(0, t, value)
         total += bits
         if bar is not None:
@@ -162,12 +161,21 @@ def means_and_errors(sums: dict[str, Tensor], n: int, calls: int | None) -> Bits
     x0_error = sums["error"] / sums["asked"]
     return BitsPerDim(total, error, sums["prior"].item() / n, terms, terms_error, x0_error, n, calls or len(terms))
 
-# %% ../nbs/19_evaluation.ipynb #25
+# %% ../nbs/19_evaluation.ipynb #26
+def full_precision(m: DDPM) -> tuple[DDPM, torch.dtype]:
+    "Return a model that the bound is computed with, and the dtype of its images: the network's, but at least float32."
+    dtype = next((p.dtype for p in m.parameters() if p.is_floating_point()), torch.float32)
+    if dtype.itemsize >= 4:
+        return m, dtype
+    return m.with_net(lambda x_t, t, **cond: m.net(x_t.to(dtype), t, **cond).float()), torch.float32
+
+# %% ../nbs/19_evaluation.ipynb #28
 def batch_sums(m: DDPM, images, indices: Int64[Tensor, "b"], calls: int | None, generator, bar=None) -> dict:
-    "Return `bound_sums` of the images at `indices`; a network with classes gets their labels."
-    labels = None if images.labels is None else images.labels[indices].to(m.s.beta.device)
-    x0 = to_network(images.read(indices).to(m.s.beta.device))
-    return bound_sums(m, x0, calls, generator, bar, class_condition(m.net, labels))
+    "Return `bound_sums` of the images at `indices`, on the network's device; one with classes gets their labels."
+    labels = None if images.labels is None else images.labels[indices].to(m.device)
+    computed, dtype = full_precision(m)
+    x0 = to_network(images.read(indices).to(m.device), dtype)
+    return bound_sums(computed, x0, calls, generator, bar, class_condition(m.net, labels))
 
 
 def evaluate_bpd(
@@ -177,9 +185,9 @@ def evaluate_bpd(
 ) -> BitsPerDim:  # fmt: skip
     """Return the variational bound of the first `n` images (None: of all), by all T terms or `calls` for each image.
 
-    Processes share the batches; their number does not change the result. Batches in `cache`, by their index, are not
-    computed again; new ones are put there. Raises `ValueError` for `n` not in 2 … number of images, `calls` not in
-    2 … T, missing labels, and a `cache` of another evaluation; `FloatingPointError` for a bound that is not finite.
+    Processes share the batches. Batches in `cache`, by their index, are not computed again; new ones are put there.
+    Raises `ValueError` for `n` not in 2 … number of images, `calls` not in 2 … T, missing labels, and a `cache` of
+    another evaluation; `FloatingPointError` for a bound that is not finite.
     """
     n, T = len(images) if n is None else n, m.s.T
     if not 2 <= n <= len(images):
@@ -187,7 +195,7 @@ def evaluate_bpd(
     if calls is not None and not 2 <= calls <= T:
         raise ValueError(f"calls must be from 2 to T = {T}, got {calls}")
     batches, sums, terms = shard_batches(n, batch_size), zero_sums(T), calls or T
-    generators = spawn_generators(generator, math.ceil(n / batch_size), m.s.beta.device)
+    generators = spawn_generators(generator, math.ceil(n / batch_size), m.device)
     with progress_bar(not progress, "bits/dim", len(batches) * terms, "call") as bar:
         for i, indices in batches:
             if cache is None or i not in cache:
@@ -202,14 +210,14 @@ def evaluate_bpd(
             sums = {name: sums[name] + batch[name] for name in sums}
     return means_and_errors({name: all_reduce_sum(x) for name, x in sums.items()}, n, calls)
 
-# %% ../nbs/19_evaluation.ipynb #38
+# %% ../nbs/19_evaluation.ipynb #42
 class RateDistortion(NamedTuple):
     "Bits/dim that a receiver of x_T, …, x_t has got, and the RMS error of its x_0-hat, of 255, for t = 0 … T."
 
     rate: Float64[Tensor, "T+1"]
     distortion: Float64[Tensor, "T+1"]
 
-# %% ../nbs/19_evaluation.ipynb #39
+# %% ../nbs/19_evaluation.ipynb #43
 def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     """Return rate and distortion over t, from the result of `evaluate_bpd`. Raise `ValueError` unless it has all terms.
 
@@ -221,7 +229,7 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     rate = bits.prior + torch.cat([bits.terms.flip(0).cumsum(0).flip(0), nothing])
     return RateDistortion(rate, torch.cat([nothing, 127.5 * bits.squared_error.sqrt()]))
 
-# %% ../nbs/19_evaluation.ipynb #45
+# %% ../nbs/19_evaluation.ipynb #49
 def check_labels(m: DDPM, images: Images | StoredImages, name: str = "images") -> None:
     "Raise `ValueError` where the network of `m` has classes and `images` have no labels, or labels out of its range."
     if class_condition(m.net, torch.zeros(1)):
@@ -237,13 +245,12 @@ def measure_bpd(
     "Return bits/dim of `n` random images, or of all where there are fewer: as `evaluate_bpd` does, and as a dict."
     check_labels(m, images)
     n, generator = min(n, len(images)), torch.Generator().manual_seed(seed)
-    chosen = images.select(torch.randperm(len(images), generator=generator)[:n])
+    chosen = images.select(torch.randperm(len(images), generator=generator, device="cpu")[:n])
     bits = evaluate_bpd(m, chosen, n, batch_size, generator, progress, calls, cache)
-    parts = dict(prior=bits.prior, kl=bits.kl.sum().item(), decoder=bits.decoder)
-    result = dict(total=bits.total, standard_error=bits.error) | parts
-    return bits, result | dict(n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
+    result = dict(total=bits.total, standard_error=bits.error, prior=bits.prior, kl=bits.kl.sum().item())
+    return bits, result | dict(decoder=bits.decoder, n=bits.n, calls=bits.calls, seed=seed, data=repr(images))
 
-# %% ../nbs/19_evaluation.ipynb #46
+# %% ../nbs/19_evaluation.ipynb #50
 def evaluate_model(
     m: DDPM, images: UInt8[Tensor, "n c h w"] | Images | StoredImages, *, n: int | None = None,
     calls: int | None = None, seed: int = 0, batch_size: int = 128, progress: bool = False,
@@ -257,7 +264,17 @@ def evaluate_model(
     images = Images(images) if isinstance(images, Tensor) else images
     return measure_bpd(m, images, len(images) if n is None else n, calls, seed, batch_size, progress)[1]
 
-# %% ../nbs/19_evaluation.ipynb #49
+# %% ../nbs/19_evaluation.ipynb #53
+@contextlib.contextmanager
+def decoration(picture: Path):
+    "Turn an error in drawing `picture` into a warning: a picture never costs a number."
+    try:
+        import_matplotlib()
+        yield
+    except Exception as error:
+        warnings.warn(f"{picture} could not be drawn: {error}", stacklevel=3)
+
+# %% ../nbs/19_evaluation.ipynb #56
 def plot_bits(path: Path, bits: BitsPerDim) -> None:
     "Draw the terms of the bound and, where all were computed, rate and distortion, into a PNG file."
     from matplotlib.figure import Figure
@@ -268,22 +285,19 @@ def plot_bits(path: Path, bits: BitsPerDim) -> None:
     t, computed = torch.arange(len(bits.terms)), bits.squared_error.isfinite()
     left.plot(t[computed], bits.terms[computed], "-" if complete else ".", color="crimson")
     if complete:
-        low, high = bits.terms - 2 * bits.terms_error, bits.terms + 2 * bits.terms_error
-        left.fill_between(t, low.clamp(min=1e-12), high, color="crimson", alpha=0.3, linewidth=0)
+        low = (bits.terms - 2 * bits.terms_error).clamp(min=1e-12)
+        left.fill_between(t, low, bits.terms + 2 * bits.terms_error, color="crimson", alpha=0.3, linewidth=0)
         left.set_ylim(bottom=bits.terms[bits.terms > 0].min().item() / 2 if (bits.terms > 0).any() else None)
-        rate, distortion = rate_distortion(bits)
-        right[0].plot(rate, distortion, color="navy")
+        right[0].plot(*rate_distortion(bits), color="navy")
         right[0].set(xlabel="rate (bits/dim)", ylabel="distortion (grey levels)", xlim=(0, None), ylim=(0, None))
-    title = f"{bits.total:.3f} ± {2 * bits.error:.3f} bits/dim, {bits.n} images"
-    left.set(xlabel="t", ylabel="bits/dim", yscale="log", title=title)
+    left.set_title(f"{bits.total:.3f} ± {2 * bits.error:.3f} bits/dim, {bits.n} images")
+    left.set(xlabel="t", ylabel="bits/dim", yscale="log")
     figure.savefig(path, format="png")
 
-# %% ../nbs/19_evaluation.ipynb #52
+# %% ../nbs/19_evaluation.ipynb #59
 def check_request(config) -> None:
     "Raise `ValueError`, naming the option, for what is wrong in `config` itself."
-    for name, least in (("n", 4), ("batch_size", 1)):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    as_integer("n", config.n, least=4), as_integer("batch_size", config.batch_size, least=1)
     for name, ending in (("out", ".json"), ("reference", ".npz")):
         path = getattr(config, name)
         if path is not None and (path.suffix != ending or path.is_dir()):
@@ -291,7 +305,7 @@ def check_request(config) -> None:
     if config.inception_file and config.features != "inception":
         raise ValueError(f"inception_file must come with --features inception, got {str(config.inception_file)!r}")
 
-# %% ../nbs/19_evaluation.ipynb #56
+# %% ../nbs/19_evaluation.ipynb #63
 def make_features(config, images: Images | StoredImages | None) -> Callable:
     "Return the features of the request. Raise `ValueError` for images on which no classifier can be trained."
     if config.features == "inception":
@@ -312,13 +326,13 @@ def load_reference(path: Path, features: Callable, shape: tuple[int, int, int]) 
         raise ValueError(f"{text} {d} features, {path} holds some of {len(statistics.mean)}")
     return statistics
 
-# %% ../nbs/19_evaluation.ipynb #59
+# %% ../nbs/19_evaluation.ipynb #66
 def sample_labels(m: DDPM, images: Images | StoredImages, n: int, seed: int) -> Int64[Tensor, "n"] | None:
     "Return the labels of `n` random images, in an order that `seed` gives; None where the network has no classes."
     if not class_condition(m.net, torch.zeros(1)):
         return None
-    order = torch.randperm(len(images), generator=batch_generator(seed))
-    return images.labels[order[torch.arange(n) % len(images)]]
+    order = torch.randperm(len(images), generator=batch_generator(seed), device="cpu")
+    return images.labels[order.repeat(-(-n // len(images)))[:n]]
 
 
 def read_images(config, m: DDPM) -> Images | StoredImages:
@@ -331,7 +345,7 @@ def read_images(config, m: DDPM) -> Images | StoredImages:
     check_labels(m, images, "data")
     return images
 
-# %% ../nbs/19_evaluation.ipynb #61
+# %% ../nbs/19_evaluation.ipynb #68
 class EvaluationRun:
     "The work for `config`: `results` go into the file `out`, pictures into `folder`. Creation checks the request."
 
@@ -344,6 +358,10 @@ class EvaluationRun:
         self.folder, self.kwargs = self.out.with_suffix(""), dict(progress=config.sampling.progress)
         if config.bpd_calls is not None and not 2 <= config.bpd_calls <= self.m.s.T:
             raise ValueError(f"bpd_calls must be from 2 to T = {self.m.s.T}, got {config.bpd_calls}")
+        if self.out.is_dir() or self.folder.is_file():
+            raise ValueError(
+                f"out must be another file: {self.out if self.out.is_dir() else self.folder} is in the way"
+            )
         known = config.reference is not None and config.reference.exists()
         needed = self.bpd or not known or config.features == "classifier" or class_condition(self.m.net, torch.zeros(1))
         self.images = read_images(config, self.m) if needed else None
@@ -356,15 +374,14 @@ class EvaluationRun:
             writable_folder(config.reference.parent if config.reference else self.out.parent)
         writable_folder(self.out.parent)
 
-# %% ../nbs/19_evaluation.ipynb #64
+# %% ../nbs/19_evaluation.ipynb #71
 def write_results(work: EvaluationRun, name: str, result: dict) -> None:
     "Write a result under its name, beside the entries that the file has of the same model."
     if is_main_process():
         model = work.request["model"]
-        try:
+        before = {}
+        with contextlib.suppress(ValueError):  # no such file, or another kind of content
             before = read_json(work.out)
-        except ValueError:  # no such file, or another kind of content
-            before = {}
         work.results = (before if before.get("model") == model else dict(model=model)) | {name: result}
         write_json(work.out, work.results)
 
@@ -376,25 +393,23 @@ def remove_caches(work: EvaluationRun) -> None:
         for name in ["bits.parts"] * work.bpd + ["samples.parts"] * work.fd:
             remove_folder(work.folder / name)
 
-# %% ../nbs/19_evaluation.ipynb #66
+# %% ../nbs/19_evaluation.ipynb #73
 def measure_bits(work: EvaluationRun) -> None:
     "Measure bits/dim; write the numbers and their picture."
     config, seed = work.config, work.config.sampling.seed
-    n, batch_size = min(config.n, len(work.images)), min(128, config.batch_size)
-    request = dict(n=n, batch_size=batch_size, calls=config.bpd_calls, seed=seed, data=data_digest(work.images))
+    n, batch_size, calls = min(config.n, len(work.images)), min(128, config.batch_size), config.bpd_calls
+    request = dict(n=n, batch_size=batch_size, calls=calls, seed=seed, data=data_digest(work.images))
     request |= {name: work.request[name] for name in ("model", "labels") if name in work.request}
     with this_process().main_process_first():
         cache = open_cache(CachedSums, work.folder / "bits.parts", request)
     with note_cached(cache, "the bits/dim of "):
-        bits, result = measure_bpd(
-            work.m, work.images, n, config.bpd_calls, seed, batch_size, **work.kwargs, cache=cache
-        )
-    if is_main_process():
-        with atomic_write(work.folder / "bits.png") as path:
-            plot_bits(path, bits)
+        bits, result = measure_bpd(work.m, work.images, n, calls, seed, batch_size, **work.kwargs, cache=cache)
     write_results(work, "bits_per_dim", result)
+    if is_main_process():
+        with decoration(work.folder / "bits.png"), atomic_write(work.folder / "bits.png") as path:
+            plot_bits(path, bits)
 
-# %% ../nbs/19_evaluation.ipynb #68
+# %% ../nbs/19_evaluation.ipynb #75
 def work_reference(work: EvaluationRun) -> tuple[Reference, str]:
     "Return what the samples are compared with, and its name: a file of statistics, or the real images."
     config, seed = work.config, work.config.sampling.seed
@@ -417,32 +432,19 @@ def measure_samples(work: EvaluationRun) -> None:
     reference, data = work_reference(work)
     batches = (torch.from_numpy(cache.read(i)) for i, _ in shard_batches(config.n, config.batch_size))
     result = compare_samples(work.features, batches, config.n, reference, config.batch_size, **work.kwargs)
-    if is_main_process():
-        first = itertools.islice(cache, math.ceil(100 / config.batch_size))
-        with atomic_write(work.folder / "samples.png") as path:
-            save_grid(path, torch.from_numpy(np.concatenate(list(first))[:100]))
     settings = {name: work.request[name] for name in ("sampler", "steps", "eta", "seed")}
     settings["mixed_precision"] = work.request["precision"]  # "precision" is the fraction of samples among the images
     write_results(work, "samples", result | settings | dict(data=data))
+    if is_main_process():
+        first = itertools.islice(cache, math.ceil(100 / config.batch_size))
+        with decoration(work.folder / "samples.png"), atomic_write(work.folder / "samples.png") as path:
+            save_grid(path, torch.from_numpy(np.concatenate(list(first))[:100]))
 
-# %% ../nbs/19_evaluation.ipynb #70
+# %% ../nbs/19_evaluation.ipynb #77
 def evaluate_run(config) -> EvaluationRun:
     "Measure the model in a folder; return the `EvaluationRun`. Interrupted, the same request resumes in the next call."
     work = EvaluationRun(config)
-    if work.bpd:
-        measure_bits(work)
-    if work.fd:
-        measure_samples(work)
+    for measure in [measure_bits] * work.bpd + [measure_samples] * work.fd:
+        measure(work)
     remove_caches(work)
     return work
-
-# %% ../nbs/19_evaluation.ipynb #77
-def scorecard(m: DDPM, images: Images, pixels: UInt8[Tensor, "n c h w"], seed: int, progress: bool) -> dict:
-    "Return the scores of samples, and bits/dim of as many `images` by 50 calls for each: on the main process."
-    scores = evaluate_samples(pixels, images, seed=seed)
-    return scores | dict(bits_per_dim=measure_bpd(m, images, len(pixels), min(50, m.s.T), seed, progress=progress)[1])
-
-
-def versions() -> dict[str, str]:
-    "Return the versions of the package, of torch and of Python."
-    return {"ddpm_lit": ddpm_lit.__version__, "torch": torch.__version__, "python": platform.python_version()}

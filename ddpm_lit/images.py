@@ -330,3 +330,11 @@ def save_samples(output: str, path: Path, cache: CachedSamples) -> None:
             save_grid(temporary, torch.from_numpy(np.concatenate(list(cache))))
     if output != "png":
         remove_folder(cache.folder)
+
+# %% ../nbs/13_images.ipynb #799aeda7
+def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
+    "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
+    batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]
+    for tracker in accelerator.trackers:
+        order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": batch}, step, **order)

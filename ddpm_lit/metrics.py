@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from ddpm_lit.files import digest, download_checked
+from ddpm_lit.files import as_path, digest, download_checked
 from ddpm_lit.images import Images, to_network
 from ddpm_lit.loading import StoredImages, data_digest
 from ddpm_lit.processes import (
@@ -142,9 +142,18 @@ def feature_statistics(features: Float[Tensor, "n d"], name: str = "") -> Featur
     return running.result()
 
 # %% ../nbs/18_metrics.ipynb #31
-def train_classifier(
-    x: Float64[Tensor, "n d"], y: Tensor, hidden: tuple[int, ...], held_out: int, seed: int
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor, float]:
+def label_obstacle(labels: Int64[Tensor, "n"], held_out: int) -> str | None:
+    "Return what `labels` lack for a classifier that holds out that many of the images, or None."
+    (classes, counts), n = labels.unique(return_counts=True), len(labels)
+    least, most = 2 if len(classes) > 2 else math.ceil(2 * n / (n - held_out)), min(held_out, n - held_out)
+    if len(classes) < 2:
+        return f"have images of two classes or more (all are of class {classes[0]})"
+    if counts.min() < least:
+        return f"have {least} images or more of each class (class {classes[counts.argmin()]} has {counts.min()})"
+    return None if len(classes) <= most else f"have at most {most} classes (there are {len(classes)})"
+
+# %% ../nbs/18_metrics.ipynb #33
+def train_classifier(x: Float64[Tensor, "n d"], y: Tensor, hidden: Sequence[int], held_out: int, seed: int) -> tuple:
     "Return the layers (weights and biases) of a small classifier, the indices of train and test images, and accuracy."
     from sklearn.model_selection import train_test_split
     from sklearn.neural_network import MLPClassifier
@@ -157,7 +166,7 @@ def train_classifier(
     layers = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in arrays]
     return layers, torch.from_numpy(train), torch.from_numpy(test), classifier.score(x[test], y[test])
 
-# %% ../nbs/18_metrics.ipynb #34
+# %% ../nbs/18_metrics.ipynb #36
 class LayerFeatures:
     "The last hidden layer of a network of fully connected `layers` (weights, bias), for images of one `shape`."
 
@@ -186,7 +195,7 @@ class LayerFeatures:
         "Return the Fréchet distance of two sets of images in these features."
         return feature_statistics(self(samples), self.name).distance(feature_statistics(self(real), self.name))
 
-# %% ../nbs/18_metrics.ipynb #36
+# %% ../nbs/18_metrics.ipynb #38
 class ClassifierFeatures(LayerFeatures):
     """The last hidden layer of a small classifier trained on labelled `images`, all but `held_out` of them.
 
@@ -202,6 +211,8 @@ class ClassifierFeatures(LayerFeatures):
             raise ValueError(f"images must have labels to train a classifier on; {images!r} has none")
         if not 0 < held_out < len(images):
             raise ValueError(f"held_out must be above 0 and below the {len(images)} images, got {held_out}")
+        if missing := label_obstacle(images.labels, held_out):
+            raise ValueError(f"images must {missing} to train a classifier on, got {images!r}")
         self.shape, self.data, hidden = tuple(images.shape), data_digest(images), tuple(hidden)
         settings = repr((sklearn.__version__, self.shape, hidden, held_out, seed)).encode()
         arrays = (part.contiguous().numpy().tobytes() for part in (images.pixels, images.labels))
@@ -209,11 +220,11 @@ class ClassifierFeatures(LayerFeatures):
         super().__init__(self.shape, trained[0], f"classifier {digest(settings, *arrays)[:12]}")
         self.train, self.test, self.accuracy = trained[1:]
 
-# %% ../nbs/18_metrics.ipynb #47
+# %% ../nbs/18_metrics.ipynb #49
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
-# %% ../nbs/18_metrics.ipynb #48
+# %% ../nbs/18_metrics.ipynb #50
 class InceptionFeatures:
     """The 2,048 features in which published FIDs are measured, from the network's TorchScript file.
 
@@ -229,7 +240,9 @@ class InceptionFeatures:
         self.device = torch.device(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is old, and so is this network
-            self.net = torch.jit.load(download_checked(path, url, sha256), map_location=self.device).eval()
+            self.net = torch.jit.load(
+                download_checked(path and as_path(path), url, sha256), map_location=self.device
+            ).eval()
 
     @torch.no_grad()
     def __call__(self, pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 2048"]:
@@ -243,7 +256,7 @@ class InceptionFeatures:
         "Return those of 1,008 classes; the Inception Score leaves out the last layer's bias."
         return (features @ self.net.output.weight.T).softmax(1)
 
-# %% ../nbs/18_metrics.ipynb #53
+# %% ../nbs/18_metrics.ipynb #55
 def extract_features(features: Callable, images, batch_size: int = 500, progress: bool = False) -> Iterator[Tensor]:
     """Yield the `features` of `images` batch by batch; several processes get different batches.
 
@@ -275,7 +288,7 @@ def image_statistics(features: Callable, images, batch_size: int = 500, progress
         joined.join(n, mean.cpu(), scatter.cpu())
     return joined.result()
 
-# %% ../nbs/18_metrics.ipynb #56
+# %% ../nbs/18_metrics.ipynb #58
 def kth_neighbour_distance(features: Float[Tensor, "n d"], k: int, block: int = 1000) -> Float[Tensor, "n"]:
     "Return the distance of each row to its `k`-th nearest other row."
     return torch.cat([torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(block)])
@@ -286,7 +299,7 @@ def fraction_within(points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"],
     inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(1000)]
     return torch.cat(inside).double().mean().item()
 
-# %% ../nbs/18_metrics.ipynb #58
+# %% ../nbs/18_metrics.ipynb #60
 def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 3) -> tuple[float, float]:
     """Return the fraction of `samples` among the real images and of `real` among the samples, from their features.
 
@@ -302,7 +315,7 @@ def precision_recall(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], 
     precision = fraction_within(samples, real, kth_neighbour_distance(real, k))
     return precision, fraction_within(real, samples, kth_neighbour_distance(samples, k))
 
-# %% ../nbs/18_metrics.ipynb #62
+# %% ../nbs/18_metrics.ipynb #64
 def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10) -> tuple[float, float]:
     """Return the Inception Score of images from their class probabilities: mean and std over `splits` parts.
 
@@ -315,11 +328,11 @@ def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10)
     scores = []
     for p in probabilities.double().tensor_split(splits):
         mean = p.mean(0)
-        scores.append((torch.special.xlogy(p, p) - torch.special.xlogy(p, mean)).sum(1).mean().exp())
+        scores.append((torch.special.xlogy(p, p) - torch.special.xlogy(p, mean)).sum(1).mean().clamp(min=0).exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
 
-# %% ../nbs/18_metrics.ipynb #70
+# %% ../nbs/18_metrics.ipynb #72
 MAX_RECORDED = 10_000
 
 
@@ -343,7 +356,7 @@ class RecordingFeatures:
             self.probabilities.append(self.features.probabilities(rows).cpu())
         return rows
 
-# %% ../nbs/18_metrics.ipynb #74
+# %% ../nbs/18_metrics.ipynb #76
 class Reference(NamedTuple):
     "Statistics of the real images and of the `scale`, and recorded features: samples are compared with these."
 
@@ -357,7 +370,7 @@ def noise_statistics(
 ) -> FeatureStatistics:
     "Return the statistics of `n` images of uniform noise, at most `MAX_RECORDED`; each batch has its own generator."
     batches = ((batch_generator(seed, i), len(part)) for i, part in shard_batches(min(n, MAX_RECORDED), batch_size))
-    noise = (torch.randint(256, (k, *shape), generator=draw, dtype=torch.uint8) for draw, k in batches)
+    noise = (torch.randint(256, (k, *shape), generator=draw, dtype=torch.uint8, device="cpu") for draw, k in batches)
     return image_statistics(features, noise)
 
 
@@ -367,14 +380,14 @@ def make_reference(
     "Return the `Reference` of `images`, for a comparison with `n` samples."
     recording, generator = RecordingFeatures(features, len(images), batch_size), torch.Generator().manual_seed(seed)
     statistics = image_statistics(recording, images, batch_size, progress)
-    part = torch.randperm(len(images), generator=generator)[: min(n, MAX_RECORDED, len(images) // 2)]
+    part = torch.randperm(len(images), generator=generator, device="cpu")[: min(n, MAX_RECORDED, len(images) // 2)]
     if getattr(features, "data", None) == data_digest(images):  # a classifier trained on some of these images
         part = features.test
     scale = dict(real=image_statistics(features, images.select(part), batch_size))
     scale["noise"] = noise_statistics(features, images.shape, n, seed, batch_size)
     return Reference(statistics, scale, gather_in_order(recording.recorded))
 
-# %% ../nbs/18_metrics.ipynb #76
+# %% ../nbs/18_metrics.ipynb #78
 def compare_samples(
     features: Callable, samples, n: int, reference: Reference, batch_size: int = 500, progress: bool = False
 ) -> dict[str, object]:
@@ -394,24 +407,22 @@ def compare_samples(
     result |= {name: known.distance(reference.statistics) for name, known in compared.items()}
     if reference.features is not None:
         precision, recall = precision_recall(recorded, reference.features)
-        counts = [len(recorded), len(reference.features)]
-        result |= dict(precision=precision, recall=recall, precision_recall_n=counts)
+        result |= dict(precision=precision, recall=recall, precision_recall_n=[len(recorded), len(reference.features)])
     if probabilities is not None:
         score, std = inception_score(probabilities, min(10, n // 2))
         result |= dict(inception_score=score, inception_score_std=std)
     return result
 
-# %% ../nbs/18_metrics.ipynb #79
+# %% ../nbs/18_metrics.ipynb #81
 def classifier_obstacle(images: Images | StoredImages) -> str | None:
     "Return the requirement of `ClassifierFeatures` that `images` do not meet, or None."
-    unmet = {
-        "fit into memory": isinstance(images, StoredImages),
-        "have labels": images.labels is None,
-        "be at least 1,000 images": len(images) < 1000,
-    }
-    return next((requirement for requirement, missing in unmet.items() if missing), None)
+    if isinstance(images, StoredImages):
+        return "fit into memory"
+    if images.labels is None or len(images) < 1000:
+        return "have labels" if images.labels is None else "be at least 1,000 images"
+    return label_obstacle(images.labels, 500)
 
-# %% ../nbs/18_metrics.ipynb #80
+# %% ../nbs/18_metrics.ipynb #82
 def evaluate_samples(
     pixels: UInt8[Tensor, "n c h w"] | Images | StoredImages, images: UInt8[Tensor, "m c h w"] | Images | StoredImages,
     *, features: Callable | None = None, n_reference: int | None = None, seed: int = 0, batch_size: int = 500,
@@ -434,6 +445,6 @@ def evaluate_samples(
         raise ValueError(f"features must be given, InceptionFeatures() say: {images!r} must {missing} for a classifier")
     features = features or compute_once(lambda: ClassifierFeatures(images))
     if n_reference < len(images):
-        images = images.select(torch.randperm(len(images), generator=batch_generator(seed))[:n_reference])
+        images = images.select(torch.randperm(len(images), generator=batch_generator(seed), device="cpu")[:n_reference])
     reference = make_reference(features, images, len(pixels), seed, batch_size, progress)
     return compare_samples(features, pixels, len(pixels), reference, batch_size, progress)

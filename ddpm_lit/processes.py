@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from ddpm_lit.ddpm import one_of
@@ -93,6 +93,17 @@ def import_accelerate():
         warnings.simplefilter("ignore")
         import accelerate
     return accelerate
+
+
+def import_matplotlib() -> None:
+    "Import matplotlib; a backend of another environment, which MPLBACKEND may name, is not set."
+    backend = os.environ.pop("MPLBACKEND", "") if "matplotlib" not in sys.modules else ""
+    try:
+        import matplotlib
+    finally:
+        os.environ |= {"MPLBACKEND": backend} if backend else {}
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams.update({"backend": backend} if backend else {})
 
 
 def end_processes() -> None:
@@ -170,21 +181,13 @@ def make_accelerator(precision: str = "no", track: str = "none", out: str | None
     one = accelerate.utils.GradientAccumulationPlugin(num_steps=1)
     return accelerate.Accelerator(cpu=cpu, gradient_accumulation_plugin=one, **kwargs)
 
-# %% ../nbs/11_processes.ipynb #26
-def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
-    "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
-    batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]
-    for tracker in accelerator.trackers:
-        order = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": batch}, step, **order)
-
 # %% ../nbs/11_processes.ipynb #29
 def shard_batches(n: int, batch_size: int, process: tuple[int, int] | None = None) -> list[tuple[int, Tensor]]:
     "Return the batches of `n` images that `process`, (rank, processes), computes: number, and indices of images."
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rank, processes = process or (this_process().process_index, this_process().num_processes)
-    return list(enumerate(torch.arange(n).split(batch_size)))[rank::processes]
+    return list(enumerate(torch.arange(n, device="cpu").split(batch_size)))[rank::processes]
 
 
 def undo_sharding(by_process: list[list]) -> list:

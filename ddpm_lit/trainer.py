@@ -26,7 +26,7 @@ from ddpm_lit import pretrained, processes
 from ddpm_lit.ddpm import DDPM, as_kind, check_trainable, one_of
 from ddpm_lit.files import Checkpoints, as_path, atomic_folder, writable_folder
 from ddpm_lit.forward import as_integer
-from ddpm_lit.images import Images, image_grid, save_grid
+from ddpm_lit.images import Images, image_grid, save_grid, track_picture
 from ddpm_lit.loading import ImageBatches, StoredImages, data_digest
 from ddpm_lit.objective import bound_loss, simple_loss
 from ddpm_lit.unet import UNet, class_condition
@@ -347,7 +347,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
             try:
                 pixels = t.draw(t.ema)
                 save_grid(run / "samples" / f"step-{t.step:08d}.png", pixels)
-                processes.track_picture(t.accelerator, image_grid(pixels), t.step)
+                track_picture(t.accelerator, image_grid(pixels), t.step)
             except Exception as error:  # a picture must not cost the run
                 logger.warning("no picture of step %d: %s", t.step, error)
 
@@ -435,6 +435,7 @@ class Trainer(_Run):
 # %% ../nbs/16_training.ipynb #74
 def plot_losses(path: Path, losses: Float[Tensor, "steps"]) -> None:
     "Draw the loss of every step, and its mean over 25 steps, into a PNG file."
+    processes.import_matplotlib()
     from matplotlib.figure import Figure
 
     figure, window = Figure(figsize=(6, 3.4), dpi=100, layout="constrained"), min(25, len(losses))

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_lit import evaluation, metrics
 from ddpm_lit.bound import vlb_terms
+from ddpm_lit.cli import scorecard, versions
 from ddpm_lit.ddpm import DDPM, PREDICTS, VARIANCES, first_step_patched
 from ddpm_lit.evaluation import (
     bound_sums,
@@ -27,7 +28,6 @@ from ddpm_lit.evaluation import (
     means_and_errors,
     rate_distortion,
     sample_terms,
-    scorecard,
 )
 from ddpm_lit.exact import GaussianData, MixtureData, error_floor, exact_ddpm, expected_bound, optimal_variance
 from ddpm_lit.forward import linear_schedule
@@ -495,6 +495,7 @@ def same_features(features, digits, monkeypatch):
 def measure(run, tmp_path, same_features, monkeypatch):
     "A function that evaluates into a file of this name; it returns how often the network was called, and the error."
     load = evaluation.load_run
+    monkeypatch.setattr(evaluation, "plot_bits", lambda path, bits: path.write_text(f"{bits.total} of {bits.n}"))
 
     def call(name, event=None, at=None, **kwargs):
         calls = 0
@@ -532,6 +533,9 @@ def content(folder):
     return [(file.name, file.read_bytes()) for file in files]
 
 
+PLOT_BITS = evaluation.plot_bits
+
+
 def interrupt(out):
     raise KeyboardInterrupt
 
@@ -544,7 +548,7 @@ def notes(error):
     return "; ".join(getattr(error, "__notes__", []))
 
 
-def test_a_run_measures_both(run, tmp_path, digits, features):
+def test_a_run_measures_both(run, tmp_path, digits, features, same_features):
     sampling = Sampling(steps=2, progress=False)
     shutil.copytree(run, tmp_path / "run")
     work = evaluate_run(Request(tmp_path / "run", n=40, batch_size=16))
@@ -584,8 +588,7 @@ def test_a_scorecard_has_the_numbers_of_a_run(run, tmp_path, digits, measure):
     assert bits["calls"] == 5 and bits == evaluate_model(m, digits, n=12, calls=5)
     for name, value in card.items():
         assert result["samples"][name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), name
-    versions = evaluation.versions()
-    assert versions["torch"] == torch.__version__ and versions.keys() == {"ddpm_lit", "torch", "python"}
+    assert versions()["torch"] == torch.__version__ and versions().keys() == {"ddpm_lit", "torch", "python"}
     long = DDPM(lambda x, t: 0 * x, linear_schedule(60))
     assert scorecard(long, digits, pixels, 0, False)["bits_per_dim"]["calls"] == 50
 
@@ -687,7 +690,8 @@ def test_a_model_without_a_run_is_measured_in_its_own_folder(run, measure, tmp_p
     assert numbers(folder / "evaluation").keys() == {"model", "bits_per_dim", "samples"}, "it has not become another"
 
 
-def test_few_calls_estimate_the_bound(measure, tmp_path):
+def test_few_calls_estimate_the_bound(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "plot_bits", PLOT_BITS)
     assert measure("all", bpd=True, n=200) == 250
     assert measure("some", bpd=True, bpd_calls=3, n=200) == 150
     exact, estimate = (numbers(tmp_path / name)["bits_per_dim"] for name in ("all", "some"))

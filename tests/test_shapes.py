@@ -235,12 +235,13 @@ def calls(d: Names, folder: Path) -> None:
     d.progress_bar(disable=True, desc="x", total=1, unit="call").close()
     d.evaluate_samples(pixels, digits, n_reference=60), d.evaluate_model(m, few, n=4, calls=2)
 
-    # 40 the command line, every command of it
-    from ddpm_lit.cli import main
+    # 39 options, 40 the command line: every command of it
+    from ddpm_lit.cli import SafeStream, main
 
     run, little = str(folder / "demo"), ["--no-progress", "--steps", "2"]
     assert main(["demo", *little, "--out", run, "--samples", "4", "--sampling-steps", "2"]) == 0
-    assert main(["train", *little, "--out", run, "--T", "5"]) == 0
+    assert main(["train", *little, "--out", run, "--T", "5"]) == main(["train", "--resume", "--out", run]) == 0
+    SafeStream(None).discard()
     forms = [[], ["--format", "npz"], ["--format", "png"], ["--every", "1"]]
     for words, name in zip(forms, ("two.png", "two.npz", "two", "two.gif"), strict=True):
         assert main(["sample", run, *little, "-n", "2", "--batch-size", "1", "--out", str(folder / name), *words]) == 0
