@@ -55,7 +55,7 @@ _MOVED = {
         generators=spawn_generators heard_by_all=raise_on_all_ranks hidden_bar=progress_bar in_order=gather_in_order
         in_precision=autocast made_once=compute_once my_turns=shard_batches noted_signals=catch_signals
         own_randomness=fork_rng quiet_accelerate=import_accelerate random_state=rng_state
-        same_everywhere=check_same_step save_picture=track_picture say=print_main signal_of_any=any_signal
+        same_everywhere=check_same_step say=print_main signal_of_any=any_signal
         sum_over_processes=all_reduce_sum this_process trackers
     """,
     "pretrained": """
@@ -66,7 +66,8 @@ _MOVED = {
     """,
     "images": """
         NAMED amount=format_bytes channels_first draw_way=record_trajectory finished=to_batch image_grid load_array
-        load_digits load_mnist5k outline=describe_images residence=choose_residence whole_numbers=load_array
+        save_picture=track_picture load_digits load_mnist5k outline=describe_images residence=choose_residence
+        whole_numbers=load_array
     """,
     "decoding": """
         Broken=BrokenImages FORMATS SUFFIXES decoded=decode_image eight_bits=to_uint8 first_images header=read_header

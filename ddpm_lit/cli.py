@@ -51,8 +51,8 @@ class _Measurements(RunOptions):
     """samples only: Fréchet distance, precision and recall, and Inception Score"""
     data: str = "digits"
     """the real images, as for `train`"""
-    split: str = "train"
-    """split of a data set that has several"""
+    split: str | None = None
+    """split of a data set that has several; by default train"""
     size: int | None = None
     """height and width: images are cropped to a square and resized; by default they keep their size"""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 500

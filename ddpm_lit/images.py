@@ -331,7 +331,7 @@ def save_samples(output: str, path: Path, cache: CachedSamples) -> None:
     if output != "png":
         remove_folder(cache.folder)
 
-# %% ../nbs/13_images.ipynb #799aeda7
+# %% ../nbs/13_images.ipynb #50
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
     "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
     batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]

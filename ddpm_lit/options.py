@@ -114,8 +114,8 @@ class _RunAndImages(Command):
     """network architecture, and the defaults of the other options"""
     data: str | None = None
     """digits, mnist5k, a folder of images, a .npy, .npz or .parquet file, or a data set of the Hugging Face Hub"""
-    split: str = "train"
-    """split of a data set that has several"""
+    split: str | None = None
+    """split of a data set that has several; by default train"""
     size: int | None = None
     """height and width: images are cropped to a square and resized; by default they keep their size"""
     stream: bool = False
@@ -221,8 +221,9 @@ def default_train(args: Sequence[str]) -> Train:
         return Train(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
     try:
         options = read_json(saved)
-        if options.get("schedule") == "quadratic":  # as earlier runs call it
-            options["schedule"] = "scaled_linear"
+        for name, earlier, now in (("schedule", "quadratic", "scaled_linear"), ("split", "train", None)):
+            if options.get(name) == earlier:  # as earlier runs wrote it
+                options[name] = now
         config = UncheckedTrainConfig(**options.pop("training") | dict(resume=True, out=out))
         check_kinds(config), check_kinds(train := Train(config, **options))
         return train

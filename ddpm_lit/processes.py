@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
@@ -181,7 +180,7 @@ def make_accelerator(precision: str = "no", track: str = "none", out: str | None
     one = accelerate.utils.GradientAccumulationPlugin(num_steps=1)
     return accelerate.Accelerator(cpu=cpu, gradient_accumulation_plugin=one, **kwargs)
 
-# %% ../nbs/11_processes.ipynb #29
+# %% ../nbs/11_processes.ipynb #26
 def shard_batches(n: int, batch_size: int, process: tuple[int, int] | None = None) -> list[tuple[int, Tensor]]:
     "Return the batches of `n` images that `process`, (rank, processes), computes: number, and indices of images."
     if batch_size < 1:
@@ -192,10 +191,9 @@ def shard_batches(n: int, batch_size: int, process: tuple[int, int] | None = Non
 
 def undo_sharding(by_process: list[list]) -> list:
     "Return the items of all processes in the order in which they were dealt: the first of each, then the second."
-    rounds = itertools.zip_longest(*by_process)
-    return [item for items in rounds for item in items if item is not None]
+    return [item for items in itertools.zip_longest(*by_process) for item in items if item is not None]
 
-# %% ../nbs/11_processes.ipynb #32
+# %% ../nbs/11_processes.ipynb #29
 SEED_STRIDE = 0x9E3779B9
 
 
@@ -209,7 +207,7 @@ def spawn_generators(generator: torch.Generator | None, k: int, device="cpu") ->
     starts = torch.randint(2**31, (k,), generator=generator, device=generator and generator.device)
     return [torch.Generator(device).manual_seed(start) for start in starts.tolist()]
 
-# %% ../nbs/11_processes.ipynb #37
+# %% ../nbs/11_processes.ipynb #34
 def all_reduce_sum(x: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
     "Return the sum of `x` over all processes, each of which must call this."
     if this_process().num_processes == 1:
@@ -237,7 +235,7 @@ def compute_once(make: Callable):
 
     return broadcast_object_list([make() if is_main_process() else None])[0]
 
-# %% ../nbs/11_processes.ipynb #40
+# %% ../nbs/11_processes.ipynb #37
 @contextlib.contextmanager
 def raise_on_all_ranks(accelerator, what: str):
     "If writing `what` fails on one rank, raise OSError on all, so that none hangs in the next collective."
@@ -259,7 +257,7 @@ def check_same_step(accelerator, step: int) -> None:
     if len(set(steps)) > 1:
         raise ValueError(f"out must be one folder that all processes see: they would begin at the steps {steps}")
 
-# %% ../nbs/11_processes.ipynb #43
+# %% ../nbs/11_processes.ipynb #40
 @contextlib.contextmanager
 def fork_rng(seed: int, device: torch.device, state: list[Tensor] | None = None):
     "Fork torch's global RNG (dropout uses it): seed it, or restore `state`, and put the old state back on exit."
@@ -276,7 +274,7 @@ def rng_state(device: torch.device) -> list[Tensor]:
     "Return the state of torch's global generators: that of the CPU and, if `device` is a GPU, that of the GPU."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
-# %% ../nbs/11_processes.ipynb #46
+# %% ../nbs/11_processes.ipynb #43
 class Borrowed:
     "Train mode of `net`, and torch's global generators in a state of the run's own, which starts at `seed`."
 
@@ -313,7 +311,7 @@ class Borrowed:
                 for part, mode in modes.items():
                     part.training = mode
 
-# %% ../nbs/11_processes.ipynb #49
+# %% ../nbs/11_processes.ipynb #46
 class Stopped(KeyboardInterrupt):
     "Raised at the end of a step after the signal of number `signal`, when everything has been saved."
 
@@ -346,7 +344,7 @@ def catch_signals(patient: bool) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/11_processes.ipynb #53
+# %% ../nbs/11_processes.ipynb #50
 @contextlib.contextmanager
 def run_context(accelerator, borrowed: Borrowed, settings: dict | None, step: int) -> Iterator[list[int]]:
     "Surround the loop of a run at `step`, with `settings` for its trackers; yield the list of the signals caught."
@@ -357,7 +355,7 @@ def run_context(accelerator, borrowed: Borrowed, settings: dict | None, step: in
             stack.callback(tracker.finish)
         yield stack.enter_context(catch_signals(patient=accelerator.num_processes > 1))
 
-# %% ../nbs/11_processes.ipynb #56
+# %% ../nbs/11_processes.ipynb #53
 def any_signal(accelerator, caught: list[int], due: bool) -> int:
     "Return the number of a signal that any process has caught, else 0; several GPUs ask each other only if `due`."
     if accelerator.num_processes == 1:
@@ -366,7 +364,7 @@ def any_signal(accelerator, caught: list[int], due: bool) -> int:
         return 0
     return int(accelerator.gather(torch.tensor(caught[:1] or [0], device=accelerator.device)).max())
 
-# %% ../nbs/11_processes.ipynb #59
+# %% ../nbs/11_processes.ipynb #56
 def progress_bar(disable: bool, desc: str, total: int | None, unit: str, initial: int = 0, unit_scale: bool = False):
     "Return a tqdm bar over `total` units (None: unknown), `initial` of them done, shown on the main process only."
     from tqdm import tqdm
@@ -383,7 +381,7 @@ class StderrHandler(logging.Handler):
 
         tqdm.write(f"ddpm_lit: {record.getMessage()}", file=sys.stderr)
 
-# %% ../nbs/11_processes.ipynb #62
+# %% ../nbs/11_processes.ipynb #59
 MAX_SKIPPED = 20
 
 
@@ -396,7 +394,7 @@ def check_skipped(finite: list[bool], start: int) -> None:
             row = f"{MAX_SKIPPED} steps in a row, from step {step - MAX_SKIPPED + 1} on"
             raise FloatingPointError(f"the loss or its gradient is not finite in {row}")
 
-# %% ../nbs/11_processes.ipynb #64
+# %% ../nbs/11_processes.ipynb #61
 class _LossRecord:
     "Loss and gradient norm of each of `steps` steps, stored on the device."
 
@@ -422,7 +420,7 @@ class _LossRecord:
             logger.warning("step %d: %d of the last %d updates skipped, not finite", step, (~new).sum(), len(new))
         return both[:, new].mean(1).tolist()
 
-# %% ../nbs/11_processes.ipynb #65
+# %% ../nbs/11_processes.ipynb #62
 class TrainingLog(_LossRecord):
     "The record of a run of `steps` steps, read every `every` steps, with a progress bar."
 
