@@ -60,9 +60,11 @@ CONFIGS = {
     "classes, a table": dict(SMALL, num_class_embeds=10),
     "classes, as steps": dict(SMALL, class_embed_type="timestep"),
     "classes, as vectors": dict(SMALL, class_embed_type="identity"),
-    "adm512, narrow": dict(
-        NETWORKS["adm512"],
-        **dict(sample_size=64, block_out_channels=(8, 16, 16, 16, 16, 32, 32), layers_per_block=1, num_class_embeds=10),
+    "adm64, narrow": dict(
+        NETWORKS["adm64"],
+        **dict(
+            sample_size=16, block_out_channels=(8, 16, 16, 32), layers_per_block=1, num_class_embeds=10, dropout=0.0
+        ),
         **dict(norm_num_groups=4, attn_norm_num_groups=8, attention_head_dim=8, time_embedding_dim=24),
     ),
     "celebahq256, narrow": dict(NETWORKS["celebahq256"], block_out_channels=(8, 8, 16, 16, 32, 32), norm_num_groups=4),
