@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['classifier_guided', 'classifier_free']
 
-# %% ../nbs/32_guidance.ipynb #1eabdf47
+# %% ../nbs/32_guidance.ipynb #7
 from collections.abc import Callable
 
 import torch
@@ -42,7 +42,7 @@ def conditional_ddpm(data: MixtureData, s: Schedule, members: Bool[Tensor, "labe
 
     return DDPM(net, s, "eps", variance, clip=False)
 
-# %% ../nbs/32_guidance.ipynb #3d0c7d3f
+# %% ../nbs/32_guidance.ipynb #11
 def scale_table(scale: float | Tensor, T: int) -> Float[Tensor, "T"]:
     "Return `scale` for each timestep, in float64; `ValueError` unless it is finite, and one number or T."
     table = torch.as_tensor(scale, dtype=torch.float64)
@@ -74,7 +74,7 @@ class _Guided(nn.Module):
         "Return `table[t]` in the dtype of `x`, as factors of its images."
         return self.table[t.to(self.table.device)].to(x)[(...,) + (None,) * (x.ndim - 1)]
 
-# %% ../nbs/32_guidance.ipynb #e92beada
+# %% ../nbs/32_guidance.ipynb #14
 class _ClassifierGuided(_Guided):
     "A network whose prediction is shifted by the gradient of `log_prob`; of its channels, those of x_t."
 
@@ -101,7 +101,7 @@ class _ClassifierGuided(_Guided):
         shifted = out[:, :c] + self.coefficient(t, x_t) * self.gradient(x_t, t, cond)
         return torch.cat([shifted, out[:, c:]], dim=1)
 
-# %% ../nbs/32_guidance.ipynb #58559499
+# %% ../nbs/32_guidance.ipynb #15
 def classifier_guided(m: DDPM, log_prob: Callable, scale: float | Tensor, conditional: bool = False) -> DDPM:
     """Return the model `m`, guided by `scale` times the gradient of `log_prob(x_t, t, **cond) -> (b,)`, in nats.
 
@@ -116,7 +116,7 @@ def classifier_guided(m: DDPM, log_prob: Callable, scale: float | Tensor, condit
     shift = PREDICTS[m.predicts][1](s, torch.zeros_like(of_x0), t, of_x0)
     return m.with_net(_ClassifierGuided(m, log_prob, scale_table(scale, s.T).to(shift) * shift, conditional))
 
-# %% ../nbs/32_guidance.ipynb #10b6bbb2
+# %% ../nbs/32_guidance.ipynb #24
 def check_null(config, null: dict) -> None:
     "Raise `ValueError` unless `null` holds null values, and a `class_labels` that fits a network with this `config`."
     if not isinstance(null, dict) or not null:
@@ -156,7 +156,7 @@ class _ClassifierFree(_Guided):
         mean = base[:, :c] + self.coefficient(t, x_t) * (given[:, :c] - base[:, :c])
         return torch.cat([mean, given[:, c:]], dim=1)
 
-# %% ../nbs/32_guidance.ipynb #ca45cd2b
+# %% ../nbs/32_guidance.ipynb #25
 def classifier_free(m: DDPM, scale: float | Tensor, null: dict) -> DDPM:
     """Return the model `m`, guided without a classifier: its null prediction + `scale` * (conditional - null).
 
