@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint export notebooks ablation mutants bench bench-gpu clean
+.PHONY: help install demo test quick lint export notebooks ablation guidance mutants bench bench-gpu clean
 
 help: ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -56,6 +56,11 @@ ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table o
 	mkdir -p build
 	$(BIN)/jupytext --quiet --to py:percent --output build/ablation.py nbs/21_ablation.ipynb
 	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
+
+guidance: install ## train what nbs/32_guidance.jsonl, the table of chapter 32, is made of: ten minutes
+	mkdir -p build
+	$(BIN)/jupytext --quiet --to py:percent --output build/guidance.py nbs/32_guidance.ipynb
+	cd nbs && GUIDANCE=1 MPLBACKEND=agg ../$(BIN)/python ../build/guidance.py
 
 mutants: install ## change one symbol of an exported cell at a time, and list the changes that nobody notices: ten minutes
 	$(BIN)/python tools/mutants.py $(ARGS)

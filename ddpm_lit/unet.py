@@ -81,11 +81,12 @@ class UpBlock(_Block):
 
 
 class MidBlock(_Block):
-    "The lowest level: residual block, attention, residual block."
+    "The lowest level: residual block, attention with a norm of `attn_groups`, residual block."
 
-    def __init__(self, channels: int, head_dim: int | None, **block):
+    def __init__(self, channels: int, head_dim: int | None, attn_groups: int | None = None, **block):
         super().__init__([channels] * 2, channels, None, **block)
-        norm = dict(block, groups=None) if block["scale_shift"] else block  # as published networks have it
+        usual = None if block["scale_shift"] else block["groups"]  # as most published networks have it
+        norm = dict(block, groups=attn_groups or usual)
         self.attentions = nn.ModuleList([build_attention(channels, head_dim, **norm)])
 
     def forward(self, x, emb, recompute: bool = False) -> Float[Tensor, "b c h w"]:
@@ -137,8 +138,8 @@ CHOICES = {
     "class_embed_type": (None, "timestep", "identity"),
 }
 UNSUPPORTED = (
-    *("center_input_sample", "time_embedding_type", "time_embedding_dim", "mid_block_type", "mid_block_scale_factor"),
-    *("act_fn", "attn_norm_num_groups", "num_train_timesteps"),
+    *("center_input_sample", "time_embedding_type", "mid_block_type", "mid_block_scale_factor"),
+    *("act_fn", "num_train_timesteps"),
 )
 
 
@@ -164,8 +165,9 @@ def check_keywords(config: dict) -> None:
 def check_numbers(config: dict) -> None:
     "Raise `ValueError`, naming the keyword, where a number in `config` is impossible or does not go with the others."
     groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
-    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "num_class_embeds"):
-        needed = config[name] is not None or name != "num_class_embeds"
+    optional = ("num_class_embeds", "time_embedding_dim", "attn_norm_num_groups")
+    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", *optional):
+        needed = config[name] is not None or name not in optional
         if needed and (not isinstance(config[name], int) or config[name] < 1):
             raise ValueError(f"{name} must be a whole number above 0, got {config[name]!r}")
     for width in config["block_out_channels"]:
@@ -175,6 +177,9 @@ def check_numbers(config: dict) -> None:
             raise ValueError(f"block_out_channels must be divisible by norm_num_groups={groups}, got {width}")
         if head_dim is not None and (head_dim < 1 or width % head_dim):
             raise ValueError(f"block_out_channels must be divisible by attention_head_dim={head_dim}, got {width}")
+    last, middle = config["block_out_channels"][-1], config["attn_norm_num_groups"]
+    if last % (middle or 1):
+        raise ValueError(f"attn_norm_num_groups must divide the {last} channels of the lowest level, got {middle}")
     if not 0 <= config["dropout"] < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {config['dropout']!r}")
 
@@ -182,7 +187,7 @@ def check_numbers(config: dict) -> None:
 def block_config(config: dict) -> dict:
     "Return the keywords that all residual blocks of a network share."
     return {
-        "emb_channels": 4 * config["block_out_channels"][0],
+        "emb_channels": config["time_embedding_dim"] or 4 * config["block_out_channels"][0],
         "groups": config["norm_num_groups"],
         "eps": config["norm_eps"],
         "dropout": config["dropout"],
@@ -243,7 +248,7 @@ def check_labels(config: dict, x: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"class_labels must {'not ' if labels is not None else ''}be given to {network}")
     if labels is None:
         return
-    shape = (len(x), 4 * config["block_out_channels"][0]) if kind == "identity" else (len(x),)
+    shape = (len(x), block_config(config)["emb_channels"]) if kind == "identity" else (len(x),)
     if labels.shape != shape or (kind is None and labels.is_floating_point()):
         numbers = "numbers" if kind else "integers"
         raise ValueError(f"class_labels must be {shape} {numbers}, got {tuple(labels.shape)} of {labels.dtype}")
@@ -307,7 +312,8 @@ class _UNetLayers(nn.Module):
         self.time_embedding = TimeEmbedding(widths[0], block["emb_channels"])
         self.class_embedding = build_class_embedding(config)
         self.down_blocks = build_encoder(config, skips)
-        self.mid_block = MidBlock(widths[-1], head_dim if config["add_attention"] else None, **block)
+        middle = head_dim if config["add_attention"] else None
+        self.mid_block = MidBlock(widths[-1], middle, config["attn_norm_num_groups"], **block)
         self.up_blocks = build_decoder(config, skips)
         self.conv_norm_out = GroupNorm(block["groups"], widths[0], block["eps"])
         self.conv_out = zero_init(nn.Conv2d(widths[0], config["out_channels"], 3, padding=1))
@@ -368,46 +374,30 @@ class Preset:
 _paper = dict(freq_shift=1, flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None, norm_eps=1e-6)
 _grey = dict(_paper, in_channels=1, out_channels=1)
 _digits = dict(
-    _grey,
-    sample_size=8,
-    block_out_channels=(32, 64),
-    layers_per_block=1,
-    norm_num_groups=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-)
+    _grey, sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)  # fmt: skip
 _mnist = dict(
-    _grey,
-    sample_size=28,
-    block_out_channels=(64, 128, 128),
+    _grey, sample_size=28, block_out_channels=(64, 128, 128),
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-)
-
-# %% ../nbs/09_unet.ipynb #33
+)  # fmt: skip
 _cifar10 = dict(
-    _paper,
-    sample_size=32,
-    block_out_channels=(128, 256, 256, 256),
-    dropout=0.1,
+    _paper, sample_size=32, block_out_channels=(128, 256, 256, 256), dropout=0.1,
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-)
+)  # fmt: skip
 _large = dict(
-    _paper,
-    sample_size=256,
-    block_out_channels=(128, 128, 256, 256, 512, 512),
+    _paper, sample_size=256, block_out_channels=(128, 128, 256, 256, 512, 512),
     down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-)
+)  # fmt: skip
+
+# %% ../nbs/09_unet.ipynb #33
+_small = dict(batch_size=64, lr=3e-3, warmup=50, ema=0.99)
 _training = dict(batch_size=64, lr=2e-5, warmup=5000, ema=0.9999)
 PRESETS = {
-    "digits": Preset(
-        _digits,
-        dict(steps=850, batch_size=64, lr=3e-3, warmup=50, ema=0.99, flip=False),
-        schedule="scaled_linear",
-        data="digits",
-    ),
+    "digits": Preset(_digits, dict(_small, steps=850, flip=False), schedule="scaled_linear", data="digits"),
     "mnist": Preset(
         _mnist, dict(steps=5_000, batch_size=128, lr=5e-4, warmup=500, ema=0.999, flip=False), data="mnist"
     ),
@@ -415,4 +405,36 @@ PRESETS = {
     "celebahq256": Preset(_large, dict(_training, steps=500_000, flip=True), size=256),
     # Bedrooms; cats take 1,800,000 steps and churches 1,200,000, flipped.
     "lsun256": Preset(_large, dict(_training, steps=2_400_000, flip=False), size=256),
+}
+
+# %% ../nbs/09_unet.ipynb #36
+def _adm(size: int, width: int, multiples: Sequence[float], blocks: int, **changes) -> dict:
+    "Return the network of Dhariwal & Nichol 2021 for images of this `size`: attention at 32, 16 and 8 pixels."
+    attends = [size >> level in (32, 16, 8) for level in range(len(multiples))]
+    return dict(
+        sample_size=size, out_channels=6, block_out_channels=tuple(int(width * k) for k in multiples),
+        down_block_types=tuple("AttnDownBlock2D" if yes else "ResnetDownsampleBlock2D" for yes in attends),
+        up_block_types=tuple("AttnUpBlock2D" if yes else "ResnetUpsampleBlock2D" for yes in attends[::-1]),
+        downsample_type="resnet", upsample_type="resnet", layers_per_block=blocks, attention_head_dim=64,
+        attn_norm_num_groups=32, resnet_time_scale_shift="scale_shift", num_class_embeds=1000, **changes,
+    )  # fmt: skip
+
+
+_improved = dict(
+    sample_size=32, out_channels=6, block_out_channels=(128, 256, 256, 256), layers_per_block=3,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=64, attn_norm_num_groups=32, resnet_time_scale_shift="scale_shift", dropout=0.3,
+)  # fmt: skip
+
+# %% ../nbs/09_unet.ipynb #37
+_imagenet = dict(batch_size=256, lr=1e-4, warmup=0, ema=0.9999, flip=True)
+_improved_training, _adm64_training = dict(steps=500_000, batch_size=128), dict(steps=540_000, batch_size=2048, lr=3e-4)
+_halved = _adm(512, 256, (0.5, 1, 1, 2, 2, 4, 4), 2, time_embedding_dim=1024)
+PRESETS |= {  # all learn the variance, the first with T = 4000
+    "cifar10-improved": Preset(_improved, _imagenet | _improved_training, schedule="cosine", data="cifar10"),
+    "adm64": Preset(_adm(64, 192, (1, 2, 3, 4), 3, dropout=0.1), _imagenet | _adm64_training, "cosine", size=64),
+    "adm128": Preset(_adm(128, 256, (1, 1, 2, 3, 4), 2), dict(_imagenet, steps=4_360_000), size=128),
+    "adm256": Preset(_adm(256, 256, (1, 1, 2, 2, 4, 4), 2), dict(_imagenet, steps=1_980_000), size=256),
+    "adm512": Preset(_halved, dict(_imagenet, steps=1_940_000), size=512),
 }

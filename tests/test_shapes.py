@@ -235,6 +235,16 @@ def calls(d: Names, folder: Path) -> None:
     d.progress_bar(disable=True, desc="x", total=1, unit="call").close()
     d.evaluate_samples(pixels, digits, n_reference=60), d.evaluate_model(m, few, n=4, calls=2)
 
+    # 32 guidance: the exact classes of a mixture, and a network with labels
+    members, y = torch.tensor([[True, False], [False, True], [True, True]]), dict(class_labels=torch.tensor([0, 1]))
+    of_class, by_label = d.class_log_prob(law, s, members), d.conditional_ddpm(law, s, members)
+    d.classifier_guided(d.exact_ddpm(law, s), of_class, 2.0).p_step(x0, t, **y)
+    for net, null in ((by_label, 2), (classes, 9)):
+        guided = d.classifier_free(net, torch.linspace(0, 2, 6), dict(class_labels=null)).to("cpu")
+        guided.p_step(x0, t, **y), guided.p_step(x0, 3, **y), d.simple_loss(guided, x0, draw, cond=y)
+        d.classifier_guided(guided, of_class, 1, conditional=True).p_step(x0, t, **y)
+    d.scale_table(1, 6), d.check_null(None, y), d.null_rows("y", 3, y["class_labels"])
+
     # 39 options, 40 the command line: every command of it
     from ddpm_lit.cli import SafeStream, main
 

@@ -60,6 +60,13 @@ CONFIGS = {
     "classes, a table": dict(SMALL, num_class_embeds=10),
     "classes, as steps": dict(SMALL, class_embed_type="timestep"),
     "classes, as vectors": dict(SMALL, class_embed_type="identity"),
+    "adm64, narrow": dict(
+        NETWORKS["adm64"],
+        **dict(
+            sample_size=16, block_out_channels=(8, 16, 16, 32), layers_per_block=1, num_class_embeds=10, dropout=0.0
+        ),
+        **dict(norm_num_groups=4, attn_norm_num_groups=8, attention_head_dim=8, time_embedding_dim=24),
+    ),
     "celebahq256, narrow": dict(NETWORKS["celebahq256"], block_out_channels=(8, 8, 16, 16, 32, 32), norm_num_groups=4),
     "three blocks, attention everywhere": dict(
         SMALL,
@@ -139,12 +146,17 @@ def test_weights_from_here_give_the_same_output_in_diffusers(name, UNet2DModel):
     torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["celebahq256", "lsun256"])
-def test_the_256_networks_have_the_keys_and_shapes_of_diffusers(name, UNet2DModel):
+PUBLISHED = {"celebahq256": 113_673_219, "cifar10-improved": 52_546_438, "adm64": 295_904_454} | {
+    "adm512": 558_997_638 - 128 * 1024  # of the sinusoids, see chapter 09
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_large_networks_have_the_keys_and_shapes_of_diffusers(name, UNet2DModel):
     with torch.device("meta"):
         mine, theirs = UNet.from_preset(name), UNet2DModel(**NETWORKS[name])
     shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (mine, theirs)]
-    assert shapes[0] == shapes[1] and sum(p.numel() for p in mine.parameters()) == 113_673_219
+    assert shapes[0] == shapes[1] and sum(p.numel() for p in mine.parameters()) == PUBLISHED[name]
 
 
 @pytest.mark.slow
@@ -266,7 +278,7 @@ def test_every_parameter_that_can_matter_gets_a_gradient():
         (dict(num_class_embeds=0), "num_class_embeds must be a whole number above 0, got 0"),
         (dict(downsample_type="fir"), "downsample_type must be one of 'conv', 'resnet'; got 'fir'"),
         (dict(upsample_type=None), "upsample_type must be one of 'conv', 'resnet'; got None"),
-        (dict(attn_norm_num_groups=8), "attn_norm_num_groups=8 is not implemented"),
+        (dict(attn_norm_num_groups=5), "attn_norm_num_groups must divide the 32 channels of the lowest level, got 5"),
         (dict(mid_block_type=None), "mid_block_type=None is not implemented"),
         (dict(center_input_sample=True), "center_input_sample=True is not implemented"),
         (dict(layer_per_block=2), "UNet has no keyword layer_per_block"),
@@ -294,7 +306,9 @@ def test_images_that_do_not_fit_are_refused(shape, t, named):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="name must be one of digits, mnist, cifar10, celebahq256, lsun256; got"):
+    with pytest.raises(
+        ValueError, match="name must be one of digits, mnist, cifar10, celebahq256, lsun256, .*, adm512; got"
+    ):
         UNet.from_preset("cifar")
 
 
@@ -329,7 +343,9 @@ def test_presets_have_their_training():
     assert [t["steps"] for t in paper] == [800_000, 500_000, 2_400_000] and {t["ema"] for t in paper} == {0.9999}
     assert [t["flip"] for t in paper] == [True, True, False]
     assert [NETWORKS[n].get("dropout", 0) for n in ("cifar10", "celebahq256", "lsun256")] == [0.1, 0, 0]
-    assert [PRESETS[n].data for n in PRESETS] == ["digits", "mnist", "cifar10", None, None]
+    assert [PRESETS[n].data for n in PRESETS] == ["digits", "mnist", "cifar10", None, None, "cifar10", *[None] * 4]
+    assert PRESETS["lsun256"].network == PRESETS["celebahq256"].network
+    assert all(PRESETS[n].schedule == "cosine" for n in ("cifar10-improved", "adm64"))
     assert PRESETS["digits"].schedule == "scaled_linear" and PRESETS["lsun256"].size == 256
     assert sum(p.numel() for p in UNet.from_preset("digits").parameters()) == 701_345  # what the demonstration trains
 
