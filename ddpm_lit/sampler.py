@@ -191,7 +191,7 @@ def sample_steps(
             x, x0 = step(m, x, t_row, row, z, clip, cond, x0 if memory else None)
             yield t, x, x0
 
-# %% ../nbs/17_sampling.ipynb #39
+# %% ../nbs/17_sampling.ipynb #41
 def strided_schedule(s: Schedule, times: Int64[Tensor, "n"]) -> Schedule:
     "Return the schedule of the chain that visits only `times`, with the `alpha_bar` of `s` at each of them."
     if len(times) == s.T:
@@ -215,7 +215,7 @@ def ancestral_plan(s: Schedule, variance: str = "beta_tilde", steps: int | None 
     columns = (times, *posterior_coefficients(s), std, std_ratio)
     return Plan(*(None if column is None else column.flip(0) for column in columns))
 
-# %% ../nbs/17_sampling.ipynb #42
+# %% ../nbs/17_sampling.ipynb #44
 def initial_noise(m: DDPM, shape: Sequence[int], x_T, generator=None, name: str = "x_T") -> Float[Tensor, "..."]:
     "Return `x_T`, or new noise of `shape`, on the device of `m`, in its dtype; `ValueError` for one of another shape."
     shape = tuple(shape)
@@ -252,7 +252,7 @@ def run_plan(
         results.append(x)
     return torch.cat(results)
 
-# %% ../nbs/17_sampling.ipynb #43
+# %% ../nbs/17_sampling.ipynb #45
 def ancestral_sample(
     m: DDPM, shape: Sequence[int], x_T: Tensor | None = None, generator: torch.Generator | None = None, *,
     cond: dict[str, Tensor] | None = None, steps: int | None = None, clip: bool | float | None = None,
@@ -271,7 +271,7 @@ def ancestral_sample(
     plan, x = ancestral_plan(m.s, m.variance, steps), initial_noise(m, shape, x_T, generator)
     return run_plan(m, plan, x, generator, cond, clip, progress, callback, batch_size, compile)
 
-# %% ../nbs/17_sampling.ipynb #61
+# %% ../nbs/17_sampling.ipynb #63
 def ddim_coefficients(alpha_bar_s, alpha_bar_t, eta: float = 1.0):
     """Return the coefficients of x_0 and x_t in the mean of q(x_s | x_t, x_0), for s < t, and the std.
 
@@ -295,7 +295,7 @@ def ddim_plan(s: Schedule, steps: int = 50, eta: float = 0.0, spacing: str = "li
     alpha_bar_s = torch.cat([alpha_bar_t[1:], torch.ones_like(alpha_bar_t[:1])])
     return Plan(times, *ddim_coefficients(alpha_bar_s, alpha_bar_t, eta))
 
-# %% ../nbs/17_sampling.ipynb #65
+# %% ../nbs/17_sampling.ipynb #67
 def ddim_sample(
     m: DDPM, shape: Sequence[int], steps: int = 50, eta: float = 0.0, x_T: Tensor | None = None,
     generator: torch.Generator | None = None, *,
@@ -313,7 +313,7 @@ def ddim_sample(
     plan, x = ddim_plan(m.s, steps, eta, spacing), initial_noise(m, shape, x_T, generator)
     return run_plan(m, plan, x, generator, cond, clip, progress, callback, batch_size, compile)
 
-# %% ../nbs/17_sampling.ipynb #74
+# %% ../nbs/17_sampling.ipynb #76
 @torch.no_grad()
 def ddim_invert(
     m: DDPM, x0: Float[Tensor, "b ..."], steps: int = 50, passes: int = 1, *, cond=None, spacing: str = "linear"
@@ -337,7 +337,7 @@ def ddim_invert(
             x = x_t
     return x
 
-# %% ../nbs/17_sampling.ipynb #82
+# %% ../nbs/17_sampling.ipynb #84
 def sampling_plan(m: DDPM, sampler: str = "ddim", steps: int | None = None, eta: float = 0.0) -> Plan:
     """Return the plan of this sampler; by default with T steps for "ancestral", at most 50 for "ddim", else 20.
 
@@ -377,7 +377,7 @@ def sample_pixels(
         x = run_plan(m, plan, x_T, generator, cond=cond, progress=progress, callback=after_step, compile=compile)
     return to_pixels(x).cpu()
 
-# %% ../nbs/17_sampling.ipynb #85
+# %% ../nbs/17_sampling.ipynb #87
 @dataclass(frozen=True)
 class Sampling:
     """Settings for drawing images from a model."""
@@ -411,7 +411,7 @@ class Sampling:
         generator = batch_generator(as_integer("seed", self.seed, 0), batch, m.device)
         return sample_pixels(m, n, generator=generator, callback=callback, cond=cond, **options)
 
-# %% ../nbs/17_sampling.ipynb #87
+# %% ../nbs/17_sampling.ipynb #89
 def sampling_request(sampling: Sampling, m: DDPM, run: Path, n: int, batch_size: int) -> dict:
     """Return what must be equal for cached images to be reused: settings, model, kind of device.
 
