@@ -355,8 +355,8 @@ def test_the_table_is_rounded_once_and_never_below_float32():
     plan = ancestral_plan(m.s)
     kinds = (torch.float64, torch.float32, torch.float16)
     exact, single, half = (step_table(m, plan, torch.zeros(1, dtype=kind)) for kind in kinds)
-    assert exact.shape == (1000, 6) and exact.dtype == torch.float64
-    assert torch.equal(exact[:, 2:5], torch.stack(plan[1:4], 1)) and torch.equal(exact[:, 5], torch.ones(1000).double())
+    assert exact.shape == (1000, 7) and exact.dtype == torch.float64
+    assert torch.equal(exact[:, 2:5], torch.stack(plan[1:4], 1)) and exact[:, 5:].unique().tolist() == [0, 1]
     assert torch.equal(single, exact.float()) and torch.equal(half, single)
     x, z = torch.randn(2, *SHAPE, generator=rng(1)).bfloat16()
     for row in single[::100]:
@@ -624,7 +624,7 @@ def test_a_network_of_ones_own_needs_its_image_shape():
     ("call", "message"),
     [
         (lambda m: m.sample(0), "n must be at least 1, got 0"),
-        (lambda m: m.sample(2, sampler="euler"), "sampler must be one of ancestral, ddim; got 'euler'"),
+        (lambda m: m.sample(2, sampler="euler"), "sampler must be one of ancestral, ddim, dpm, heun; got 'euler'"),
         (lambda m: m.sample(2, sampler="ancestral", eta=0.5), "eta is for ddim; .* Got 0.5"),
         (lambda m: m.sample(2, 1, "ancestral"), "steps must be a whole number from 2 to T = 20, got 1"),
         (lambda m: m.sample(2, 21), "steps must be a whole number from 1 to T = 20, got 21"),
