@@ -6,10 +6,12 @@
 __all__ = ['ancestral_sample', 'ddim_sample', 'ddim_invert']
 
 # %% ../nbs/17_sampling.ipynb #2
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from ddpm_lit.ddpm import DDPM, PREDICTS, first_step_patched, one_of
 from ddpm_lit.files import CachedSamples, model_digest, model_folder, note_cached
-from ddpm_lit.forward import Schedule
+from ddpm_lit.forward import Schedule, as_integer
 from ddpm_lit.gaussian import randn
 from ddpm_lit.images import to_pixels
 from ddpm_lit.posterior import beta_tilde, eps_from_x0, posterior_coefficients
@@ -30,7 +32,8 @@ class Plan(NamedTuple):
     """The table of a sampler, a row for each of its n steps: `x_s = x0_coef * x0_hat + x_t_coef * x_t + std * noise`.
 
     `t` are the timesteps at which the network is called, in falling order; the last step leads to x_0. `std_ratio` is
-    for a learned variance only: sqrt(beta / beta_tilde), the ratio of the largest to the smallest std.
+    for a learned variance only: sqrt(beta / beta_tilde), the ratio of the largest to the smallest std. `change_coef`
+    is for solvers with a memory: x_s gets this times the change of x0_hat since the row before.
     """
 
     t: Int64[Tensor, "n"]
@@ -38,18 +41,19 @@ class Plan(NamedTuple):
     x_t_coef: Float64[Tensor, "n"]
     std: Float64[Tensor, "n"]
     std_ratio: Float64[Tensor, "n"] | None = None
+    change_coef: Float64[Tensor, "n"] | None = None
 
 
-def time_steps(T: int, steps: int | None = None, spacing: str = "linear") -> Int64[Tensor, "n"]:
+def time_steps(T: int, steps: int | None = None, spacing: str = "linear", least: int = 1) -> Int64[Tensor, "n"]:
     """Return `steps` of the timesteps 0 … T-1, in rising order and ending with T-1; all of them for `steps=None`.
 
     They are equally spaced ("linear"), or spaced like squares ("quadratic"), dense where t is small. Raises
-    `ValueError` for `steps` outside 1 … T. Source of the spacings: Song et al. 2021, appendix D.2.
+    `ValueError` for `steps` outside `least` … T. Source of the spacings: Song et al. 2021, appendix D.2.
     """
-    steps = T if steps is None else steps
     one_of("spacing", spacing, ("linear", "quadratic"))
-    if not (isinstance(steps, int) and 1 <= steps <= T):
-        raise ValueError(f"steps must be a whole number from 1 to T = {T}, got {steps}")
+    steps = T if steps is None else as_integer("steps", steps)
+    if not least <= steps <= T:
+        raise ValueError(f"steps must be a whole number from {least} to T = {T}, got {steps}")
     i = torch.arange(1, steps + 1, dtype=torch.float64)
     fraction = i / steps if spacing == "linear" else (i / steps) ** 2
     return torch.maximum((fraction * T).round(), i).long() - 1
@@ -82,33 +86,37 @@ def limiter(clip: bool | float) -> Callable[[Tensor], Tensor]:
     return threshold
 
 # %% ../nbs/17_sampling.ipynb #24
-def step_table(m: DDPM, plan: Plan, x: Float[Tensor, "b ..."]) -> Float[Tensor, "n 6"]:
+def step_table(m: DDPM, plan: Plan, x: Float[Tensor, "b ..."]) -> Float[Tensor, "n 7"]:
     """Return `plan` as one tensor on the device of `x`, with the row that `sampler_step` reads for each step.
 
-    Columns: the two `prediction_coefficients` at t, then x0_coef, x_t_coef, std and std_ratio (1 where the plan has
-    none). They are computed in float64 and rounded once, to the dtype of `x`, but never below float32.
+    Columns: the two `prediction_coefficients` at t, then x0_coef, x_t_coef, std, std_ratio (1 where the plan has none)
+    and change_coef (or 0). Computed in float64, rounded once, to the dtype of `x`, but never below float32.
     """
     of_prediction = [column[plan.t.to(column.device)] for column in prediction_coefficients(m)]
     std_ratio = torch.ones_like(plan.std) if plan.std_ratio is None else plan.std_ratio
-    table = torch.stack([column.cpu() for column in (*of_prediction, *plan[1:4], std_ratio)], dim=1)
+    change_coef = torch.zeros_like(plan.std) if plan.change_coef is None else plan.change_coef
+    table = torch.stack([column.cpu() for column in (*of_prediction, *plan[1:4], std_ratio, change_coef)], dim=1)
     return table.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
 # %% ../nbs/17_sampling.ipynb #25
 def sampler_step(
-    m: DDPM, x: Float[Tensor, "b ..."], t: Int64[Tensor, "b"], row: Float[Tensor, "6"],
+    m: DDPM, x: Float[Tensor, "b ..."], t: Int64[Tensor, "b"], row: Float[Tensor, "7"],
     z: Float[Tensor, "b ..."] | None = None, clip: bool | float = True, cond: dict[str, Tensor] | None = None,
+    x0_prev: Float[Tensor, "b ..."] | None = None,
 ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:  # fmt: skip
     """Take one step from x_t = `x` at the timesteps `t`. Returns `(x_s, x0_hat)`: next sample, predicted clean image.
 
     `row` is a row of `step_table`; `z` is standard normal noise, or None where the step has none; x0_hat goes through
-    `limiter(clip)`, which may be dynamic thresholding; `cond` are the network's keyword arguments, with a row for each
-    image. Reads no value of a tensor, so a GPU never waits.
+    `limiter(clip)`; `cond` are the network's keyword arguments, with a row for each image; `x0_prev` is the x0_hat of
+    the step before, where the plan uses it. Reads no value of a tensor, so a GPU never waits.
     """
     out, v = m(x, t, **(cond or {}))
-    x_t_to_x0, out_to_x0, x0_coef, x_t_coef, std, std_ratio = row.unbind()
+    x_t_to_x0, out_to_x0, x0_coef, x_t_coef, std, std_ratio, change_coef = row.unbind()
     x_t = x.to(row.dtype)
     x0 = limiter(clip)(x_t_to_x0 * x_t + out_to_x0 * out.to(row.dtype))
     x_s = x0_coef * x0 + x_t_coef * x_t
+    if x0_prev is not None:
+        x_s = x_s + change_coef * (x0 - x0_prev.to(row.dtype))
     if z is not None:
         x_s = x_s + std * z * (1 if v is None else std_ratio ** ((v.to(row.dtype) + 1) / 2))
     return x_s.to(x.dtype), x0.to(x.dtype)
@@ -147,39 +155,43 @@ def check_cond(cond: dict[str, Tensor] | None, x: Float[Tensor, "b ..."]) -> dic
     return cond
 
 # %% ../nbs/17_sampling.ipynb #36
-def iterate_steps(
-    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None, clip, compile: bool, cond
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    "Yield what `sample_steps` yields, in the caller's mode of autograd."
-    limiter(clip)  # raises for a clip that is none, before the first step
-    training, step, zeros, cond = m.training, sampler_step, None, check_cond(cond, x)
-    if compile:  # all inputs are made alike from step to step, else torch would compile twice
-        step, x, zeros = replayed_step, x.clone(), x.new_zeros(x.shape)
-        cond = {name: value.clone() for name, value in cond.items()}
-    m.eval()
+@contextlib.contextmanager
+def evaluation_mode(m: DDPM) -> Iterator[None]:
+    "Put all parts of `m` into evaluation mode; on exit, put each back into its own mode."
+    modes = {part: part.training for part in m.modules()}
     try:
-        t_rows, noisy = plan.t.to(x.device)[:, None].expand(-1, len(x)), (plan.std > 0).tolist()
-        for t, t_row, row, draws in zip(plan.t.tolist(), t_rows, step_table(m, plan, x), noisy, strict=True):
-            x, x0 = step(m, x, t_row, row, randn(x.shape, x, generator) if draws else zeros, clip, cond)
-            yield t, x, x0
+        m.eval()
+        yield
     finally:
-        m.train(training)
+        for part, mode in modes.items():
+            part.training = mode
 
 
+@torch.no_grad()
 def sample_steps(
     m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None = None,
     clip: bool | float | None = None, compile: bool = False, cond: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """Follow `plan` from x_T = `x`; after each step yield `(t, x_s, x0_hat)`.
+    """Follow `plan` from x_T = `x`; after each step yield `(t, x_s, x0_hat)`; an x_s edited in place is continued from.
 
     `clip` limits x0_hat before it is used: True, False, a quantile for dynamic thresholding (see `limiter`), or None
     for the model's own setting. `cond` has one row per image, else `ValueError`. `m` is in evaluation mode meanwhile.
     `compile` takes each step by `torch.compile`: see `ancestral_sample`.
     """
-    mode = torch.no_grad() if compile else torch.inference_mode()  # graphs made in inference mode cannot be reused
-    return mode(iterate_steps)(m, plan, x, generator, m.clip if clip is None else clip, compile, cond)
+    limiter(clip := m.clip if clip is None else clip)  # raises for a clip that is none, before the first step
+    step, zeros, cond, memory = sampler_step, None, check_cond(cond, x), plan.change_coef is not None
+    x0 = torch.zeros_like(x) if memory else None
+    if compile:  # all inputs are made alike from step to step, else torch would compile twice
+        step, x, zeros = replayed_step, x.clone(), x.new_zeros(x.shape)
+        cond = {name: value.clone() for name, value in cond.items()}
+    with evaluation_mode(m):
+        t_rows, noisy = plan.t.to(x.device)[:, None].expand(-1, len(x)), (plan.std > 0).tolist()
+        for t, t_row, row, draws in zip(plan.t.tolist(), t_rows, step_table(m, plan, x), noisy, strict=True):
+            z = randn(x.shape, x, generator) if draws else zeros
+            x, x0 = step(m, x, t_row, row, z, clip, cond, x0 if memory else None)
+            yield t, x, x0
 
-# %% ../nbs/17_sampling.ipynb #39
+# %% ../nbs/17_sampling.ipynb #41
 def strided_schedule(s: Schedule, times: Int64[Tensor, "n"]) -> Schedule:
     "Return the schedule of the chain that visits only `times`, with the `alpha_bar` of `s` at each of them."
     if len(times) == s.T:
@@ -194,9 +206,7 @@ def ancestral_plan(s: Schedule, variance: str = "beta_tilde", steps: int | None 
     The last step has no noise, for any `variance`. Raises `ValueError` for `steps` outside 2 … T. Source: Ho et al.
     2020, Algorithm 2; Nichol & Dhariwal 2021, section 4.
     """
-    if steps == 1:
-        raise ValueError(f"steps must be a whole number from 2 to T = {s.T}, got 1")
-    times = time_steps(s.T, steps)
+    times = time_steps(s.T, steps, least=2)
     s = strided_schedule(s, times)
     low, high = beta_tilde(s), s.beta.clone()
     std_ratio = (high / first_step_patched(s)).sqrt() if variance == "learned" else None
@@ -205,29 +215,29 @@ def ancestral_plan(s: Schedule, variance: str = "beta_tilde", steps: int | None 
     columns = (times, *posterior_coefficients(s), std, std_ratio)
     return Plan(*(None if column is None else column.flip(0) for column in columns))
 
-# %% ../nbs/17_sampling.ipynb #42
-def initial_noise(
-    m: DDPM, shape: Sequence[int], x_T: Tensor | None, generator: torch.Generator | None
-) -> Float[Tensor, "..."]:
-    "Return `x_T` on the device of `m`, or new noise of `shape`. Raises `ValueError` for an `x_T` of another shape."
+# %% ../nbs/17_sampling.ipynb #44
+def initial_noise(m: DDPM, shape: Sequence[int], x_T, generator=None, name: str = "x_T") -> Float[Tensor, "..."]:
+    "Return `x_T`, or new noise of `shape`, on the device of `m`, in its dtype; `ValueError` for one of another shape."
+    shape = tuple(shape)
+    if not shape or as_integer("shape[0]", shape[0]) < 1:
+        raise ValueError(f"shape must begin with the number of images, at least 1, got {shape}")
     if x_T is None:
-        return randn(tuple(shape), next(m.parameters(), torch.empty(0, device=m.s.beta.device)), generator)
-    if tuple(x_T.shape) != tuple(shape) or not x_T.is_floating_point():
-        raise ValueError(f"x_T must be floating point {tuple(shape)}, got {x_T.dtype} {tuple(x_T.shape)}")
+        return randn(shape, next(m.parameters(), torch.empty(0, device=m.s.beta.device)), generator)
+    x_T = torch.as_tensor(x_T)
+    if tuple(x_T.shape) != shape or not x_T.is_floating_point():
+        raise ValueError(f"{name} must be floating point {shape}, got {x_T.dtype} {tuple(x_T.shape)}")
     return x_T.to(next(m.parameters(), x_T))
 
 
 def run_plan(
-    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None, *, cond=None, clip=None,
+    m: DDPM, plan: Plan, x: Float[Tensor, "b ..."], generator: torch.Generator | None, cond=None, clip=None,
     progress: bool = False, callback: Callable | None = None, batch_size: int | None = None, compile: bool = False,
 ) -> Float[Tensor, "b ..."]:  # fmt: skip
     """Return the x_0 at the end of `plan` for x_T = `x`, of which `batch_size` are in work at a time (2^20 numbers).
 
     The options are those of `ancestral_sample`. Raises `ValueError` where the result is not finite.
     """
-    size = max(1, 2**20 // max(1, x[:1].numel())) if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    size = max(1, 2**20 // max(1, x[:1].numel())) if batch_size is None else as_integer("batch_size", batch_size, 1)
     results, batches, cond = [], x.split(size), check_cond(cond, x)
     for i, x in enumerate(batches):
         part = {name: value[i * size : (i + 1) * size] for name, value in cond.items()}
@@ -242,7 +252,7 @@ def run_plan(
         results.append(x)
     return torch.cat(results)
 
-# %% ../nbs/17_sampling.ipynb #43
+# %% ../nbs/17_sampling.ipynb #45
 def ancestral_sample(
     m: DDPM, shape: Sequence[int], x_T: Tensor | None = None, generator: torch.Generator | None = None, *,
     cond: dict[str, Tensor] | None = None, steps: int | None = None, clip: bool | float | None = None,
@@ -253,16 +263,15 @@ def ancestral_sample(
 
     `cond`: keyword arguments of the network, a row per image. `steps` below T visits that many equally spaced times.
     `clip` limits x0_hat: True, False, a quantile for dynamic thresholding (`limiter`), None as the model says. After
-    each step `callback(t, x_s, x0_hat)` is called. At most `batch_size` images are in work at a time; by default 2^20
-    numbers, for which the paper's networks take about 2 GB. `compile` fuses a step by `torch.compile`, once per size of
-    batch; a GPU replays it as one CUDA graph. Raises `ValueError` for `steps` outside 2 … T, an `x_T` or `cond` that
-    does not fit, a network that cannot be compiled or returns numbers that are not finite. Source: Ho et al. 2020.
+    each step `callback(t, x_s, x0_hat)` may edit x_s in place. At most `batch_size` images are in work at a time; by
+    default 2^20 numbers, for which the paper's networks take about 2 GB. `compile` fuses a step by `torch.compile`,
+    once per size of batch; a GPU replays it as one CUDA graph. Raises `ValueError` for `steps` outside 2 … T, an `x_T`
+    or `cond` that does not fit, a network that cannot be compiled or returns nan or inf. Source: Ho et al. 2020.
     """
     plan, x = ancestral_plan(m.s, m.variance, steps), initial_noise(m, shape, x_T, generator)
-    options = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
-    return run_plan(m, plan, x, generator, cond=cond, **options)
+    return run_plan(m, plan, x, generator, cond, clip, progress, callback, batch_size, compile)
 
-# %% ../nbs/17_sampling.ipynb #61
+# %% ../nbs/17_sampling.ipynb #63
 def ddim_coefficients(alpha_bar_s, alpha_bar_t, eta: float = 1.0):
     """Return the coefficients of x_0 and x_t in the mean of q(x_s | x_t, x_0), for s < t, and the std.
 
@@ -286,7 +295,7 @@ def ddim_plan(s: Schedule, steps: int = 50, eta: float = 0.0, spacing: str = "li
     alpha_bar_s = torch.cat([alpha_bar_t[1:], torch.ones_like(alpha_bar_t[:1])])
     return Plan(times, *ddim_coefficients(alpha_bar_s, alpha_bar_t, eta))
 
-# %% ../nbs/17_sampling.ipynb #65
+# %% ../nbs/17_sampling.ipynb #67
 def ddim_sample(
     m: DDPM, shape: Sequence[int], steps: int = 50, eta: float = 0.0, x_T: Tensor | None = None,
     generator: torch.Generator | None = None, *,
@@ -302,11 +311,10 @@ def ddim_sample(
     outside [0, 1], an `x_T` that is not floating point of `shape`. Source: Song, Meng & Ermon 2021, Eq. 12.
     """
     plan, x = ddim_plan(m.s, steps, eta, spacing), initial_noise(m, shape, x_T, generator)
-    options = dict(clip=clip, progress=progress, callback=callback, batch_size=batch_size, compile=compile)
-    return run_plan(m, plan, x, generator, cond=cond, **options)
+    return run_plan(m, plan, x, generator, cond, clip, progress, callback, batch_size, compile)
 
-# %% ../nbs/17_sampling.ipynb #74
-@torch.inference_mode()
+# %% ../nbs/17_sampling.ipynb #76
+@torch.no_grad()
 def ddim_invert(
     m: DDPM, x0: Float[Tensor, "b ..."], steps: int = 50, passes: int = 1, *, cond=None, spacing: str = "linear"
 ) -> Float[Tensor, "b ..."]:
@@ -316,36 +324,34 @@ def ddim_invert(
     is clipped or thresholded, which could not be inverted. Raises `ValueError` for `steps` outside 1 … T and `passes`
     below 1. Source: Song, Meng & Ermon 2021, section 4.3; the passes are a fixed-point iteration.
     """
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, got {passes}")
-    times, cond = time_steps(m.s.T, steps, spacing), check_cond(cond, x0)
-    alpha_bar = [1.0, *m.s.alpha_bar[times.to(m.s.beta.device)].tolist()]
-    training, x = m.training, x0
-    m.eval()
-    try:
+    times, passes = time_steps(m.s.T, steps, spacing), range(as_integer("passes", passes, 1))
+    x = initial_noise(m, x0.shape, x0, name="x0")
+    alpha_bar, cond = [1.0, *m.s.alpha_bar[times.to(m.s.beta.device)].tolist()], check_cond(cond, x)
+    with evaluation_mode(m):
         for t, before, after in zip(times.tolist(), alpha_bar, alpha_bar[1:], strict=False):
             x_t = x
-            for _ in range(passes):
+            for _ in passes:
                 eps = eps_from_x0(m.s, x_t, t, m.x0_hat(x_t, t, m(x_t, t, **cond)[0], clip=False))
                 x0_hat = (x - (1 - before) ** 0.5 * eps) / before**0.5
                 x_t = after**0.5 * x0_hat + (1 - after) ** 0.5 * eps
             x = x_t
-    finally:
-        m.train(training)
     return x
 
-# %% ../nbs/17_sampling.ipynb #82
+# %% ../nbs/17_sampling.ipynb #84
 def sampling_plan(m: DDPM, sampler: str = "ddim", steps: int | None = None, eta: float = 0.0) -> Plan:
-    """Return the plan of the "ancestral" or "ddim" sampler; by default T steps for the first, 50 at most for ddim.
+    """Return the plan of this sampler; by default with T steps for "ancestral", at most 50 for "ddim", else 20.
 
-    Raises `ValueError` for another sampler, for `steps` that it cannot take, and for an `eta` with "ancestral".
+    Raises `ValueError` for another sampler, for `steps` that it cannot take, and for an `eta` with any but "ddim".
     """
-    one_of("sampler", sampler, ("ancestral", "ddim"))
+    one_of("sampler", sampler, ("ancestral", "ddim", "dpm", "heun"))
+    if eta != 0 and sampler != "ddim":
+        raise ValueError(f"eta is for ddim; with {sampler} it must be 0. Got {eta}")
+    if sampler == "ancestral":
+        return ancestral_plan(m.s, m.variance, steps)
+    steps = min(50 if sampler == "ddim" else 20, m.s.T) if steps is None else steps
     if sampler == "ddim":
-        return ddim_plan(m.s, min(50, m.s.T) if steps is None else steps, eta)
-    if eta != 0:
-        raise ValueError(f"eta is for ddim; the ancestral sampler always adds all the noise. Got {eta}")
-    return ancestral_plan(m.s, m.variance, steps)
+        return ddim_plan(m.s, steps, eta)
+    return import_module("ddpm_lit.solvers").solver_plan(m.s, sampler, steps)  # chapter 31: the look ahead
 
 
 def sample_pixels(
@@ -356,12 +362,10 @@ def sample_pixels(
     """Return `n` images of `m.image_shape` as pixels on the CPU, drawn by `sampling_plan(m, sampler, steps, eta)`.
 
     `precision` is that of `autocast`. `callback(k, x)` is called with the images after k steps, first with the noise,
-    k = 0. `channels_last` puts the network into that memory layout and leaves it there. `cond`, `progress` and
-    `compile` are as in `ancestral_sample`. Raises `ValueError` for an `n` below 1.
+    k = 0; it may edit them in place. `channels_last` puts the network into that memory layout and leaves it there.
+    `cond`, `progress` and `compile` are as in `ancestral_sample`. Raises `ValueError` for an `n` below 1.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    plan, k = sampling_plan(m, sampler, steps, eta), itertools.count(1)
+    n, plan, k = as_integer("n", n, 1), sampling_plan(m, sampler, steps, eta), itertools.count(1)
     x_T = initial_noise(m, (n, *m.image_shape), None, generator)
     if channels_last:
         m.net.to(memory_format=torch.channels_last)
@@ -373,15 +377,15 @@ def sample_pixels(
         x = run_plan(m, plan, x_T, generator, cond=cond, progress=progress, callback=after_step, compile=compile)
     return to_pixels(x).cpu()
 
-# %% ../nbs/17_sampling.ipynb #85
+# %% ../nbs/17_sampling.ipynb #87
 @dataclass(frozen=True)
 class Sampling:
     """Settings for drawing images from a model."""
 
-    sampler: Literal["ancestral", "ddim"] = "ddim"
-    """ancestral: Algorithm 2 of the paper; ddim: fewer steps, and deterministic for eta 0"""
+    sampler: Literal["ancestral", "ddim", "dpm", "heun"] = "ddim"
+    """ancestral: Algorithm 2 of the paper; ddim: few steps, deterministic for eta 0; dpm, heun: fewer, second order"""
     steps: int | None = None
-    """calls of the network per image; default: all T for ancestral, 50 (at most T) for ddim"""
+    """timesteps, a network call each (heun: two); default: all T for ancestral, 50 for ddim, 20 for dpm and heun"""
     eta: float = 0.0
     """DDIM eta: 0 is deterministic, 1 adds as much noise as ancestral sampling"""
     seed: int = 0
@@ -397,25 +401,24 @@ class Sampling:
 
     def network_calls(self, m: DDPM) -> int:
         "Return the number of network calls per image. Raises `ValueError` where `m` cannot be sampled in this way."
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        as_integer("seed", self.seed, 0)
         autocast(self.precision, m.device)
         return len(sampling_plan(m, self.sampler, self.steps, self.eta).t)
 
     def draw(self, m: DDPM, n: int, batch: int = 0, callback: Callable | None = None, cond: dict | None = None):
         "Return `n` images as `sample_pixels` does, with the random numbers of batch number `batch`."
-        self.network_calls(m)
         options = {name: value for name, value in vars(self).items() if name != "seed"}
-        generator = batch_generator(self.seed, batch, m.device)
+        generator = batch_generator(as_integer("seed", self.seed, 0), batch, m.device)
         return sample_pixels(m, n, generator=generator, callback=callback, cond=cond, **options)
 
-# %% ../nbs/17_sampling.ipynb #87
+# %% ../nbs/17_sampling.ipynb #89
 def sampling_request(sampling: Sampling, m: DDPM, run: Path, n: int, batch_size: int) -> dict:
     """Return what must be equal for cached images to be reused: settings, model, kind of device.
 
     Speed and display are left out, and a larger `n` continues a request.
     """
-    request = asdict(sampling) | dict(steps=sampling.network_calls(m), n=n, batch_size=batch_size, device=m.device.type)
+    request = asdict(sampling) | dict(steps=sampling.network_calls(m), seed=int(sampling.seed), eta=float(sampling.eta))
+    request |= dict(n=n, batch_size=batch_size, device=m.device.type)
     for name in ("progress", "channels_last", "compile"):
         del request[name]
     return request | dict(model=model_digest(model_folder(run)))
