@@ -232,6 +232,7 @@ def exit_code(error: BaseException) -> int:
 # %% ../nbs/40_command_line.ipynb #25
 COMMANDS = {"demo": Demo, "train": Train, "sample": Sample, "evaluate": Evaluate}
 OTHER_NAMES = {"n": "-n", "source": "--data", "layers_per_block": "--layers", "calls": "--bpd-calls", "m": "the model"}
+OTHER_NAMES |= {"scale": "--guidance"}
 
 
 def one_line(text: object) -> str:

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/39_options.ipynb #3
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -30,6 +31,7 @@ from ddpm_lit.files import (
     write_json,
 )
 from ddpm_lit.forward import as_integer, schedule_by_name
+from ddpm_lit.guidance import classifier_free
 from ddpm_lit.images import Images, record_trajectory, save_animation, save_samples
 from ddpm_lit.loading import StoredImages, load_images_once
 from ddpm_lit.pretrained import load_run
@@ -37,7 +39,7 @@ from ddpm_lit.processes import is_main_process, print_main
 from ddpm_lit.sampler import Sampling, batch_labels, draw_batches, sampling_request
 from ddpm_lit.sources import HUB, NAMED
 from ddpm_lit.trainer import TrainConfig, Trainer
-from ddpm_lit.unet import PRESETS, UNet
+from ddpm_lit.unet import PRESETS, UNet, class_condition
 
 # %% ../nbs/39_options.ipynb #10
 def home_path(name: str, path: str | Path) -> Path:
@@ -122,6 +124,13 @@ class _RunAndImages(Command):
     """stream a data set of the Hub instead of copying it to the disk first"""
 
 # %% ../nbs/39_options.ipynb #19
+def count_classes(images: Images | StoredImages) -> int:
+    "Return the number of classes of `images`; `ValueError` where they have no labels."
+    if images.labels is None:
+        raise ValueError(f"classes must come with data that have labels, got {printable(repr(images))}")
+    return max(len(images.classes), images.labels.max().item() + 1)
+
+
 @dataclass(frozen=True)
 class _Model(_RunAndImages):
     "Options of `train`: the schedule and the network."
@@ -140,6 +149,8 @@ class _Model(_RunAndImages):
     """what the network predicts"""
     variance: Literal["beta", "beta_tilde", "learned"] = "beta_tilde"
     """variance of the reverse steps; learned needs `--objective bound`"""
+    classes: bool = False
+    """train on the class labels of the data, a tenth of them dropped, for `sample --labels` and `sample --guidance`"""
 
     def model(self, images: Images | StoredImages) -> DDPM:
         "Return an untrained model for `images`; the same seed gives the same weights."
@@ -149,6 +160,8 @@ class _Model(_RunAndImages):
         changes = dict(in_channels=channels, out_channels=out_channels, sample_size=size)
         if self.layers is not None:
             changes["layers_per_block"] = self.layers
+        if self.classes:
+            changes["num_class_embeds"] = count_classes(images) + 1  # the last is the null label
         net = UNet.from_preset(self.preset, torch.Generator().manual_seed(self.training.seed), **changes)
         factor = 2 ** (len(net.down_blocks) - 1)
         if size[0] % factor or size[1] % factor:
@@ -177,14 +190,18 @@ class Train(_Model):
 
     def work(self) -> None:
         config = self.training.checked()
+        if self.classes and config.drop_labels == 0:
+            config = replace(config, drop_labels=0.1)
         check_resumable(config)
         if self.data is None:
             raise ValueError(f"data must be given for the preset {self.preset}: a folder of photographs, for example")
         images = load_images_once(self.data, self.size, self.split, self.stream, config.progress)
         m, sampling = self.model(images), Sampling(steps=min(25, self.T), progress=False)
-        trainer = Trainer(m, images, config, draw=lambda m: sampling.draw(m, 25))
+        cond = class_condition(m.net, torch.arange(25, device="cpu") % count_classes(images)) if self.classes else None
+        trainer = Trainer(m, images, config, draw=lambda m: sampling.draw(m, 25, cond=cond))
         if is_main_process():
-            write_json(Path(config.out) / "train.json", asdict(replace(self, data=full_path(self.data))))
+            options = asdict(replace(self, data=full_path(self.data)))
+            write_json(Path(config.out) / "train.json", options | dict(class_names=images.classes))
         losses = trainer.fit()
         skipped = f", {trainer.log.skipped} skipped" if trainer.log.skipped else ""
         out = printable(config.out)
@@ -221,6 +238,7 @@ def default_train(args: Sequence[str]) -> Train:
         return Train(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
     try:
         options = read_json(saved)
+        options.pop("class_names", None)
         for name, earlier, now in (("schedule", "quadratic", "scaled_linear"), ("split", "train", None)):
             if options.get(name) == earlier:  # as earlier runs wrote it
                 options[name] = now
@@ -267,8 +285,26 @@ def resolve_output(out: Path | None, format: str | None, every: int | None, n: i
     return chosen, path
 
 # %% ../nbs/39_options.ipynb #32
-def parse_labels(text: str | None, classes: int | None) -> list[int] | None:
-    """Return the class labels of an option such as 3,7; by default all `classes`, 0 … classes - 1.
+def class_names(run: Path) -> list[str]:
+    "Return the names of the classes that a run was trained on, as far as its `train.json` has them."
+    saved = run / "train.json"
+    return list(read_json(saved).get("class_names") or ()) if saved.is_file() else []
+
+
+def label_range(word: str, names: Sequence[str]) -> range:
+    "Return the labels of one `word`: one of `names`, a number, or a range such as 0-9; else `ValueError`."
+    match = re.fullmatch(r"(-?\d+)(?:-(\d+))?", word)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if word in names:
+        first = last = names.index(word)
+    if first > last:
+        of_names = f" or names ({', '.join(names)})" if names else ""
+        raise ValueError(f"labels must be whole numbers, ranges such as 0-9{of_names} and commas, got {word!r}")
+    return range(first, last + 1)
+
+
+def parse_labels(text: str | None, classes: int | None, names: Sequence[str] = ()) -> list[int] | None:
+    """Return the class labels of an option such as 3,7 or 0-9 or cat,dog; by default all, 0 … `classes` - 1.
 
     Returns None for a network without classes. Raises `ValueError` for labels that the network does not have.
     """
@@ -276,11 +312,8 @@ def parse_labels(text: str | None, classes: int | None) -> list[int] | None:
         if text is not None:
             raise ValueError(f"labels must not be given for a network without classes, got {text}")
         return None
-    words = range(classes) if text is None else text.split(",")
-    try:
-        labels = [int(word) for word in words]
-    except ValueError:
-        raise ValueError(f"labels must be whole numbers with commas between them, got {text!r}") from None
+    words = [f"0-{classes - 1}"] if text is None else text.split(",")
+    labels = [label for word in words for label in label_range(word.strip(), names)]
     if not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"labels must be from 0 to {classes - 1} for this network, got {text}")
     return labels
@@ -323,6 +356,15 @@ def check_run(run: Path) -> None:
             raise ValueError(f"run must hold a model of images of one size, but sample_size is not set in {path}")
 
 # %% ../nbs/39_options.ipynb #41
+def guided(m: DDPM, scale: float | None) -> DDPM:
+    "Return `m` with classifier-free guidance, its last label the null one; `m` itself where `scale` is None."
+    if scale is None:
+        return m
+    if m.net.config["num_class_embeds"] is None:
+        raise ValueError(f"guidance must not be given for a network without classes, got {scale:g}")
+    return classifier_free(m, scale, dict(class_labels=m.net.config["num_class_embeds"] - 1))
+
+# %% ../nbs/39_options.ipynb #44
 @dataclass(frozen=True)
 class RunOptions(Command):
     "Options of `sample` and `evaluate`: the model, and how to draw from it."
@@ -339,7 +381,9 @@ class _SampleOptions(RunOptions):
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 64
     """number of images; a larger n extends an interrupted request, or a folder of images, which stay"""
     labels: str | None = None
-    """class labels, as in 3,7: image i gets the i-th, in turn; by default all rows of the class embedding in turn"""
+    """class labels, as in 3,7 or 0-9 or cat,dog: image i gets the i-th, in turn; by default all classes in turn"""
+    guidance: float | None = None
+    """scale of classifier-free guidance: 1 draws as the labels say, above 1 more typical images of each"""
     batch_size: int = 256
     """images drawn at once; each batch has its own random numbers, so the images depend on the batch size"""
     out: Path | None = None
@@ -349,7 +393,7 @@ class _SampleOptions(RunOptions):
     every: int | None = None
     """write the sampling trajectory, a frame every so many steps: as a .gif, or as a .png with a row for each image"""
 
-# %% ../nbs/39_options.ipynb #42
+# %% ../nbs/39_options.ipynb #45
 @dataclass(frozen=True)
 class Sample(_SampleOptions):
     "Draw images from a trained model. After an interruption, the same command resumes."
@@ -360,8 +404,12 @@ class Sample(_SampleOptions):
         check_run(self.run_folder)
         m = load_run(self.run_folder)
         request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
-        labels = parse_labels(self.labels, m.net.config["num_class_embeds"])
+        classes, m = m.net.config["num_class_embeds"], guided(m, self.guidance)
+        known = classes if self.guidance is None else classes - 1
+        labels = parse_labels(self.labels, known, class_names(self.run_folder))
         request |= {} if labels is None else dict(labels=labels)
+        request |= {} if self.guidance is None else dict(guidance=self.guidance)
+        rows = len(labels or [0]) if (self.labels, self.guidance) != (None, None) else 1
         labels = labels and torch.tensor(labels, device="cpu").repeat(-(-self.n // len(labels)))[: self.n]
         if self.every is not None and not 1 <= self.every <= request["steps"]:
             raise ValueError(f"every must be from 1 to the number of steps, {request['steps']}; got {self.every}")
@@ -370,15 +418,15 @@ class Sample(_SampleOptions):
             raise ValueError(f"out must be another path: {parts}, the place of finished batches, is a file")
         writable_folder(path if output == "png" else path.parent)
         cache = GrowingPictures(path, request) if output == "png" else CachedSamples(parts, request)
-        self.write(output, path, m, cache, labels)
+        self.write(output, path, m, cache, labels, rows)
 
-    def write(self, output: str, path: Path, m: DDPM, cache: CachedSamples, labels: torch.Tensor | None) -> None:
-        "Draw what `cache` lacks, and write `path`."
+    def write(self, output: str, path: Path, m: DDPM, cache: CachedSamples, labels: torch.Tensor | None, rows: int):
+        "Draw what `cache` lacks, and write `path`; a grid has a row for each of `rows` labels."
         text = f"{self.n} images are"
         if output != "animation":
             draw_batches(self.sampling, m, cache, labels)
             with note_cached(cache):
-                save_samples(output, path, cache) if is_main_process() else None
+                save_samples(output, path, cache, rows) if is_main_process() else None
         elif is_main_process():
             conds, calls = batch_labels(labels, cache.sizes), self.sampling.network_calls(m)
 
