@@ -39,24 +39,25 @@ def test_every_symbol_of_a_formula_is_changed_and_no_words():
     ]
 
 
-def noticed(cells):
-    expected, _ = mutants.run(cells)
-    return [
-        mutants.run([*cells[: c.cell], c.of(cells[c.cell]), *cells[c.cell + 1 :]])[0] != expected
-        for c in mutants.changes(cells)
-    ]
-
-
 AT_ONE, AT_ENDS = "print(round(area(1), 3))", "print([round(area(x), 3) for x in (0, 2)], area())"
 
 
 @pytest.mark.parametrize("check, left", [(AT_ONE, {0, 2, 3, 4, 6}), (AT_ENDS, set())])
 def test_what_is_left_is_what_no_cell_checks(check, left, monkeypatch):
     monkeypatch.chdir(mutants.ROOT)  # back there when this ends
-    seen = noticed([*CHAPTER[:2], check])
-    assert {i for i, was in enumerate(seen) if not was} == left
+    cells = [*CHAPTER[:2], check]
+    assert set(mutants.unnoticed(cells, mutants.changes(cells))) == left
 
 
-def test_a_chapter_that_never_ends_is_stopped(monkeypatch):
+def test_each_change_finds_the_files_that_the_chapter_wrote_before(monkeypatch):
     monkeypatch.chdir(mutants.ROOT)
-    assert mutants.run(["while True:\n    pass"], seconds=1)[0] is None
+    write = "import tempfile, pathlib\nfile = pathlib.Path(tempfile.mkdtemp()) / 'x'\nfile.write_text('')"
+    grow = "#| export\nfile.write_text(file.read_text() + 'x' * 1)"
+    cells = [write, grow, "print(len(file.read_text()))"]
+    assert mutants.unnoticed(cells, mutants.changes(cells)) == []
+    assert mutants.unnoticed([*cells[:2], "print(len(file.read_text()) > 0)"], mutants.changes(cells)) == [2]
+
+
+def test_a_chapter_that_never_ends_is_stopped():
+    assert not mutants.holds(lambda: mutants.run(["while True:\n    pass"]), seconds=1)
+    assert mutants.holds(lambda: mutants.run(["x = 1"]), seconds=9)

@@ -2,9 +2,10 @@
 
     python tools/mutants.py 01_gaussian 02_forward       # or `make mutants ARGS="01_gaussian 02_forward"`
 
-Every changed chapter is run as a program. Where it prints what it always prints, the change goes into a copy of the
-library, and tests run there. What is left is printed: each line is either no change at all (`<` for `<=` where nothing
-is equal), or a check that is missing. Not a test itself: it takes minutes, and hours for chapters that train.
+Every changed chapter is run as a program, up to the first cell that prints something else. Where none does, the change
+goes into a copy of the library, and tests run there. What is left is printed: each line is either no change at all (`<`
+for `<=` where nothing is equal), or a check that is missing. Not a test itself: it takes minutes, and an hour for a
+chapter that trains.
 """
 
 import ast
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,24 +123,71 @@ def changes(cells: list[str]) -> list[Change]:
     return valid
 
 
-def run(cells: list[str], seconds: int = 0) -> tuple[str | None, float]:
-    "Return what a chapter prints, None if it ends in an error or takes longer than `seconds`; and its seconds."
+class Noticed(Exception):
+    "A cell prints something else than it always does."
 
-    def late(*_):
-        raise TimeoutError
 
-    text = "\n".join(cells)
-    linecache.cache["<chapter>"] = len(text), None, text.splitlines(keepends=True), "<chapter>"  # torch.jit looks there
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    begun = time.monotonic()
+def run_cell(source: str, k: int, namespace: dict) -> str:
+    "Run cell `k` and return what it prints."
+    name = f"<cell {k}>"
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name  # torch.jit looks there
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        exec(compile(source, name, "exec"), namespace)
+    return out.getvalue()
+
+
+def run(
+    cells: list[str], expected: list[str] | None = None, first: int = 0, namespace: dict | None = None
+) -> list[str]:
+    "Run the cells from `first` on and return what each prints; raise `Noticed` as soon as that is not as `expected`."
+    namespace, printed = {"__name__": "__main__"} if namespace is None else namespace, []
+    for k, source in enumerate(cells[first:], first):
+        printed.append(run_cell(source, k, namespace))
+        if expected is not None and printed[-1] != expected[k]:
+            raise Noticed(k)
+    return printed
+
+
+def holds(work: Callable[[], object], seconds: int) -> bool:
+    "Return whether `work()` ends without an error, within `seconds`, in a copy of this process."
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def unnoticed(cells: list[str], todo: list[Change]) -> list[int]:
+    """Return the numbers of the changes in `todo` with which a chapter still prints what it always prints.
+
+    The cells run once, in their order; before each, a copy of the process runs the rest of the chapter for each change
+    of that cell, up to the first cell that notices. Files that the chapter has written are the same for every copy.
+    """
+    left, namespace = [], {"__name__": "__main__"}
     os.chdir(ROOT / "nbs")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-            exec(compile(text, "<chapter>", "exec"), {"__name__": "__main__"})
-    except BaseException:
-        return None, time.monotonic() - begun
-    return out.getvalue(), time.monotonic() - begun
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as copy:
+        tempfile.tempdir, began = scratch, time.monotonic()
+        expected = run(cells)
+        seconds = 10 + int(4 * (time.monotonic() - began))
+        assert holds(lambda: run(cells, expected), seconds), "the chapter does not print the same twice"
+        for k in range(len(cells)):
+            mine = [i for i, change in enumerate(todo) if change.cell == k]
+            if mine:
+                shutil.copytree(scratch, copy, dirs_exist_ok=True)
+            for i in mine:
+                changed = [*cells[:k], todo[i].of(cells[k]), *cells[k + 1 :]]
+                if holds(lambda new=changed, k=k: run(new, expected, k, namespace), seconds):
+                    left.append(i)
+                shutil.rmtree(scratch)
+                shutil.copytree(copy, scratch)
+            run_cell(cells[k], k, namespace)
+        tempfile.tempdir = None
+    return left
 
 
 def seen_by_tests(chapter: str, cells: list[str]) -> bool:
@@ -173,12 +222,9 @@ def main(*chapters: str) -> None:
         cells = [cell.source for cell in nb.cells if cell.cell_type == "code"]
         todo = changes(cells)
         with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
-            (printed, seconds), (again, _) = pool.map(run, [cells, cells], chunksize=1)
-            assert printed is not None and printed == again, f"{chapter} does not run as it is, or prints other things"
-            changed = [[*cells[: c.cell], c.of(cells[c.cell]), *cells[c.cell + 1 :]] for c in todo]
-            jobs = [pool.apply_async(run, [new, 10 + int(4 * seconds)]) for new in changed]
-            passed = [i for i, job in enumerate(jobs) if job.get()[0] == printed]
+            passed = pool.apply(unnoticed, [cells, todo])
             assert not passed or not pool.apply(seen_by_tests, [chapter, cells]), f"{chapter}: its tests fail as it is"
+            changed = {i: [c if k != todo[i].cell else todo[i].of(c) for k, c in enumerate(cells)] for i in passed}
             jobs = {i: pool.apply_async(seen_by_tests, [chapter, changed[i]]) for i in passed}
             left = [i for i, job in jobs.items() if not job.get()]
         for i in left:
