@@ -1,5 +1,7 @@
 """Guided models in every sampler, against diffusers' guider, and what they cost; misuse, one line each."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +49,7 @@ def by_classifier(scale=3.0, **changes):
     return classifier_guided(tiny_model(**changes), Classifier(), scale)
 
 
+ROOT = Path(__file__).parents[1]
 GUIDED = {"free": free, "classifier": by_classifier}
 
 
@@ -71,7 +74,7 @@ def test_step_for_step_as_the_guider_of_diffusers(original):
         with torch.no_grad():
             of_null, given = (m.net(x, t, label) for label in (torch.full((4,), 4), Y["class_labels"]))
         assert guider.num_conditions == 2
-        x = theirs.step(guider.forward(given, of_null).pred, t, x).prev_sample
+        x = theirs.step(guider.forward(given, of_null).pred, t, x, use_clipped_model_output=True).prev_sample
         paths.append(x)
     seen = []
     ddim_sample(classifier_free(m, scale, NULL), SHAPE, 5, x_T=noise(), cond=Y, callback=lambda t, x, _: seen.append(x))
@@ -272,3 +275,12 @@ def test_a_log_prob_that_cannot_guide_is_refused(log_prob, named):
     m = DDPM(two_points(linear_schedule(T)), linear_schedule(T))
     with pytest.raises(ValueError, match=f"^{named}"):
         ddim_sample(classifier_guided(m, log_prob, 1.0), SHAPE, 2)
+
+
+# The table of chapter 32.
+
+
+def test_the_table_of_the_chapter_has_every_seed_and_scale():
+    lines = [json.loads(line) for line in (ROOT / "nbs" / "32_guidance.jsonl").read_text(encoding="utf-8").splitlines()]
+    keys = {(r["seed"], r.get("drop"), r["kind"], r.get("scale"), r.get("network")) for r in lines[1:]}
+    assert lines[0]["command"] == "make guidance" and len(keys) == len(lines) - 1 == 3 * (7 + 7 + 5 + 6)
