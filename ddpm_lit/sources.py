@@ -32,7 +32,7 @@ from ddpm_lit.images import NAMED, as_indices
 from ddpm_lit.processes import available_cores, progress_bar
 
 # %% ../nbs/14_sources.ipynb #10
-CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by operating systems: not even counted
+CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini", "request.json")  # of systems, and ours: not even counted
 
 
 def own_output(folder: Path) -> str | None:

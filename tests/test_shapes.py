@@ -200,7 +200,7 @@ def calls(d: Names, folder: Path) -> None:
     row, step = d.step_table(m, plan, x0)[0], d.compiled_step()  # the checker cannot be compiled, so it is left out:
     sampler.compiled_step = lambda: d.sampler_step
     d.sampler_step(m, x0, t, row), d.sampler_step(m, x0.double(), t, row.double(), eps.double(), 0.9)
-    d.replayed_step(m, x0, t, row, eps, False), list(d.iterate_steps(m, plan, x0, draw, True, False, None))
+    d.replayed_step(m, x0, t, row, eps, False), list(d.sample_steps(m, plan, x0, draw, True))
     d.ddim_sample(m, x0.shape, 3, 1.0, compile=True), callable(step)
     classes.sample(2, 2, cond=y, generator=draw), d.ddim_invert(classes, x0, 2, cond=y)
     d.Sampling(steps=2, progress=False).draw(classes, 2, cond=y)
