@@ -87,7 +87,7 @@ _MOVED = {
         Plan Sampling ancestral_plan between=ddim_coefficients compiled_step ddim_plan draw_missing=draw_batches
         drawing_request=sampling_request follow=run_plan limiter one_step=sampler_step
         prediction_weights=prediction_coefficients replayed_step sample_steps start=initial_noise step_table
-        strided=strided_schedule time_steps walk=iterate_steps
+        strided=strided_schedule time_steps walk=sample_steps
     """,
     "metrics": """
         INCEPTION INCEPTION_SHA256 MOST=MAX_RECORDED Noting=RecordingFeatures Reference RunningStatistics

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,6 @@ from ddpm_lit.ddpm import DDPM, one_of
 from ddpm_lit.files import Checkpoints, atomic_folder, read_json, writable_folder
 from ddpm_lit.images import Images, image_grid, save_grid
 from ddpm_lit.loading import ImageBatches, StoredImages
-from ddpm_lit.objective import bound_loss, simple_loss
 from ddpm_lit.processes import (
     Borrowed,
     Stopped,
@@ -43,7 +43,7 @@ from ddpm_lit.unet import UNet, class_condition
 logger = logging.getLogger("ddpm_lit")
 
 # %% ../nbs/16_training.ipynb #9
-OBJECTIVES = {"simple": simple_loss, "bound": bound_loss}
+OBJECTIVES = ("simple", "bound", "hybrid", "importance")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class _Recipe:
     """images per batch, on each process"""
     accumulate: int = 1
     """gradient accumulation: batches per step; the batch is this many times larger, in the same memory"""
-    objective: Literal["simple", "bound"] = "simple"
-    """simple: the squared error of Ho et al. 2020, Eq. 14; bound: the variational bound, which trains variances, too"""
+    objective: Literal["simple", "bound", "hybrid", "importance"] = "simple"
+    """simple: the squared error; bound: the variational bound; importance: bound, t drawn where it matters; hybrid:
+    squared error and, for the variances, bound (in place of simple where they are learned)"""
     lr: float = 2e-4
     """learning rate of Adam"""
     warmup: int = 500
@@ -178,8 +179,7 @@ def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
     "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
     if not isinstance(m.net, nn.Module) or not any(p.requires_grad for p in m.net.parameters()):
         raise ValueError(f"m.net must be an nn.Module with parameters to train, got {type(m.net).__name__}")
-    if m.variance == "learned" and c.objective == "simple":
-        raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
+    import_module("ddpm_lit.improved").make_objective(m, c.objective)  # chapter 30; raises where it does not fit
     if isinstance(m.net, UNet):
         m.net.check_images(torch.empty(1, *images.shape, device="meta"))
     check_labels(m.net, images, c.drop_labels)
@@ -204,6 +204,7 @@ class _TrainingStep:
         self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr, fused=True)  # one kernel for all tensors
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         self.borrowed = Borrowed(self.net, config.seed + self.process[0], self.device)
+        self.objective = import_module("ddpm_lit.improved").make_objective(m, config.objective, self.device)
         self.step = self.seen = 0
         self.images_per_step = config.batch_size * config.accumulate * self.process[1]
         self.log = TrainingLog(config.steps, config.log_every, self.device)
@@ -236,6 +237,8 @@ class _TrainingState(_TrainingStep):
         for kind, value in zip(("cpu", "cuda"), self.borrowed.random(), strict=False):
             state[f"random.{kind}"] = self.accelerator.gather(value.to(self.device)[None])  # (processes, bytes)
         state |= dict(losses=self.log.losses[: self.step], norms=self.log.norms[: self.step])
+        if hasattr(self.objective, "state_dict"):
+            state |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
         scale = dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
         return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen) | scale
 
@@ -256,6 +259,8 @@ class _TrainingState(_TrainingStep):
         if state.get("scale") and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scale"])
         self.noise.set_state(state["noise"])
+        if history := with_prefix(state, "objective."):
+            self.objective.load_state_dict(history)
         self.step, self.seen = state["step"], state["seen"]
         self.average.n_averaged.fill_(self.step)
         self.log.restore(state["losses"], state["norms"])
@@ -380,7 +385,7 @@ class _Run(_TrainingState):
 
     def gradient(self, model: DDPM, batches: Iterator) -> Float[Tensor, ""]:
         "Accumulate the gradient over the batches of a step; return the mean loss over them and over all processes."
-        c, total, objective = self.config, 0.0, OBJECTIVES[self.config.objective]
+        c, total = self.config, 0.0
         for i in range(c.accumulate):
             x0, labels = next(batches)
             if c.channels_last:
@@ -390,7 +395,7 @@ class _Run(_TrainingState):
                 labels = drop_labels(labels, null, c.drop_labels, self.noise, self.process)
             cond = class_condition(self.net, labels)
             with self.accelerator.no_sync(model.net) if i < c.accumulate - 1 else contextlib.nullcontext():
-                loss = objective(model, x0, self.noise, self.process, cond) / c.accumulate
+                loss = self.objective(model, x0, self.noise, self.process, cond) / c.accumulate
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         return self.accelerator.reduce(total, "mean")

@@ -197,10 +197,15 @@ def calls(d: Names, folder: Path) -> None:
     row, step = d.step_table(m, plan, x0)[0], d.compiled_step()  # the checker cannot be compiled, so it is left out:
     sampler.compiled_step = lambda: d.sampler_step
     d.sampler_step(m, x0, t, row), d.sampler_step(m, x0.double(), t, row.double(), eps.double(), 0.9)
-    d.replayed_step(m, x0, t, row, eps, False), list(d.iterate_steps(m, plan, x0, draw, True, False, None))
+    d.replayed_step(m, x0, t, row, eps, False), list(d.sample_steps(m, plan, x0, draw, True))
     d.ddim_sample(m, x0.shape, 3, 1.0, compile=True), callable(step)
     classes.sample(2, 2, cond=y, generator=draw), d.ddim_invert(classes, x0, 2, cond=y)
     d.Sampling(steps=2, progress=False).draw(classes, 2, cond=y)
+
+    # 31 solvers
+    d.dpm_sample(m, x0.shape, 3), d.heun_sample(classes, x0.shape, 2, cond=y, spacing="log_snr")
+    d.dpm_plan(s, d.solver_times(s, 3)), d.heun_plan(s, d.solver_times(s, 3))
+    d.flow_log_prob(m, x0[..., :2, :2].double(), 2), d.flow_log_prob(classes, x0, 2, y)
 
     # 18 metrics, 19 evaluation: images in memory, in files, as bare pixels, in batches; all terms and some
     features, pixels = d.ClassifierFeatures(few, held_out=30), digits.pixels[:50]
