@@ -83,7 +83,7 @@ def bound_term(
     decoder = Gaussian(torch.where(first, p.mean, x0), torch.where(first, p.var, 1.0))  # harmless where t > 0
     return per_image(torch.where(first, -discretized_log_prob(decoder, x0), posterior.kl(p)))
 
-# %% ../nbs/06_objective.ipynb #a843a0d5
+# %% ../nbs/06_objective.ipynb #28
 def bound_loss(
     m: DDPM,
     x0: Float[Tensor, "b ..."],

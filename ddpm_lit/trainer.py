@@ -43,7 +43,7 @@ from ddpm_lit.unet import UNet, class_condition
 logger = logging.getLogger("ddpm_lit")
 
 # %% ../nbs/16_training.ipynb #9
-OBJECTIVES = ("simple", "bound", "hybrid", "importance")
+OBJECTIVES = ("simple", "bound", "hybrid", "importance")  # `make_objective` of chapter 30 knows what they are
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class _Recipe:
     accumulate: int = 1
     """gradient accumulation: batches per step; the batch is this many times larger, in the same memory"""
     objective: Literal["simple", "bound", "hybrid", "importance"] = "simple"
-    """simple: the squared error; bound: the variational bound; importance: bound, t drawn where it matters; hybrid:
-    squared error and, for the variances, bound (in place of simple where they are learned)"""
+    """simple: squared error; bound: variational bound; importance: bound, t drawn by importance; hybrid: simple for the
+    means and bound for the variances, which is what simple stands for where they are learned"""
     lr: float = 2e-4
     """learning rate of Adam"""
     warmup: int = 500
@@ -179,7 +179,7 @@ def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
     "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
     if not isinstance(m.net, nn.Module) or not any(p.requires_grad for p in m.net.parameters()):
         raise ValueError(f"m.net must be an nn.Module with parameters to train, got {type(m.net).__name__}")
-    import_module("ddpm_lit.improved").make_objective(m, c.objective)  # chapter 30; raises where it does not fit
+    import_module("ddpm_lit.improved").make_objective(m, c.objective)  # raises where it does not fit
     if isinstance(m.net, UNet):
         m.net.check_images(torch.empty(1, *images.shape, device="meta"))
     check_labels(m.net, images, c.drop_labels)
@@ -225,11 +225,8 @@ class _TrainingState(_TrainingStep):
     "A training step whose state can be saved and restored; every process must take part in both."
 
     def state_dict(self) -> dict:
-        """Return all that training changes, by name.
-
-        Tensors: `net.*`, `ema.*`, `adam.*`, the `losses` and `norms` of all steps, and generators: `noise`, `random.*`
-        (a row for each process). Numbers: `step`, `seen`, and with fp16 the dict `scale`.
-        """
+        """Return all that training changes: `net.*`, `ema.*`, `adam.*`, `objective.*`, `losses`, `norms`; the generators
+        `noise`, `random.*` (a row for each process); numbers `step`, `seen`, and with fp16 the dict `scale`."""
         adam = self.optimizer.state_dict()["state"]
         state = {f"adam.{i}.{name}": value for i, values in adam.items() for name, value in values.items()}
         for prefix, m in (("net", self.m), ("ema", self.ema)):
@@ -237,8 +234,7 @@ class _TrainingState(_TrainingStep):
         for kind, value in zip(("cpu", "cuda"), self.borrowed.random(), strict=False):
             state[f"random.{kind}"] = self.accelerator.gather(value.to(self.device)[None])  # (processes, bytes)
         state |= dict(losses=self.log.losses[: self.step], norms=self.log.norms[: self.step])
-        if hasattr(self.objective, "state_dict"):
-            state |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
+        state |= {f"objective.{k}": value for k, value in getattr(self.objective, "state_dict", dict)().items()}
         scale = dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
         return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen) | scale
 
@@ -259,8 +255,7 @@ class _TrainingState(_TrainingStep):
         if state.get("scale") and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scale"])
         self.noise.set_state(state["noise"])
-        if history := with_prefix(state, "objective."):
-            self.objective.load_state_dict(history)
+        getattr(self.objective, "load_state_dict", len)(with_prefix(state, "objective."))  # plain losses have no state
         self.step, self.seen = state["step"], state["seen"]
         self.average.n_averaged.fill_(self.step)
         self.log.restore(state["losses"], state["norms"])

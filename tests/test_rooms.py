@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("checks", "gaussian", "forward", "posterior", "ddpm", "bound", "objective", "exact"),
     *("layers", "unet", "files", "processes", "pretrained", "images", "sources", "loading"),
-    *("trainer", "sampler", "metrics", "evaluation", "solvers", "cli"),
+    *("trainer", "sampler", "metrics", "evaluation", "improved", "solvers", "cli"),
 )
 MODULES = {name: (ROOT / "ddpm_lit" / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
 CHAPTERS = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
@@ -68,7 +68,7 @@ def test_imports_point_up(name):
 
 def test_one_module_looks_ahead_and_says_where():
     ahead = {name: set(re.findall(r'import_module\("ddpm_lit\.(\w+)"\)', MODULES[name])) for name in ORDER}
-    assert {name: found for name, found in ahead.items() if found} == {"ddpm": {"sampler", "pretrained"}, "sampler": {"solvers"}}
+    assert {name: found for name, found in ahead.items() if found} == {"ddpm": {"sampler", "pretrained"}, "sampler": {"solvers"}, "trainer": {"improved"}}
 
 
 OWNERS = {
