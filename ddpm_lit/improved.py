@@ -91,13 +91,13 @@ class ImportanceBound(TermHistory):
         t, eps = t_all[mine], randn((k * n, *x0.shape[1:]), x0, generator)[mine]
         x_t = q_sample(m.s, x0, t, eps)
         bits = bits_per_dim(bound_term(m.s, m.p_step(x_t, t, clip=False, **(cond or {})), x0, x_t, t), x0)
-        terms = torch.zeros(k * n, dtype=torch.float64, device=x0.device)
-        terms[mine] = bits.detach().double()
-        self.add(t_all.to(self.counts.device), all_reduce_sum(terms).to(self.counts.device))
+        terms = torch.zeros(k * n, dtype=torch.float64, device=self.terms.device)
+        terms[mine] = bits.detach().to(terms.device).double()
+        self.add(t_all.to(terms.device), all_reduce_sum(terms).to(terms.device))
         return (bits / p.to(bits)[t]).mean()
 
 
-def make_objective(m: DDPM, name: str, device: torch.device | str = "cpu") -> Callable:
+def make_objective(m: DDPM, name: str) -> Callable:
     """Return the loss of this name, for `TrainConfig`; for a learned variance "simple" stands for "hybrid".
 
     Raises `ValueError` for another name, and for "hybrid" with a fixed variance.
@@ -106,7 +106,7 @@ def make_objective(m: DDPM, name: str, device: torch.device | str = "cpu") -> Ca
     if name == "hybrid" and m.variance != "learned":
         raise ValueError(f"objective must not be 'hybrid' for a fixed variance, got variance {m.variance!r}")
     if name == "importance":
-        return ImportanceBound(m.s.T, device)
+        return ImportanceBound(m.s.T, m.s.beta.device)
     return {"simple": hybrid_loss if m.variance == "learned" else simple_loss, "bound": bound_loss}.get(
         name, hybrid_loss
     )

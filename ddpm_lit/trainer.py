@@ -204,7 +204,7 @@ class _TrainingStep:
         self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr, fused=True)  # one kernel for all tensors
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         self.borrowed = Borrowed(self.net, config.seed + self.process[0], self.device)
-        self.objective = import_module("ddpm_lit.improved").make_objective(m, config.objective, self.device)
+        self.objective = import_module("ddpm_lit.improved").make_objective(m, config.objective)
         self.step = self.seen = 0
         self.images_per_step = config.batch_size * config.accumulate * self.process[1]
         self.log = TrainingLog(config.steps, config.log_every, self.device)
@@ -225,7 +225,7 @@ class _TrainingState(_TrainingStep):
     "A training step whose state can be saved and restored; every process must take part in both."
 
     def state_dict(self) -> dict:
-        """Return all that training changes: `net.*`, `ema.*`, `adam.*`, `objective.*`, `losses`, `norms`; the generators
+        """Return all that training changes: `net.*`, `ema.*`, `adam.*`, `objective.*`, `losses`, `norms`; generators
         `noise`, `random.*` (a row for each process); numbers `step`, `seen`, and with fp16 the dict `scale`."""
         adam = self.optimizer.state_dict()["state"]
         state = {f"adam.{i}.{name}": value for i, values in adam.items() for name, value in values.items()}
