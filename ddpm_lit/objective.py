@@ -8,7 +8,7 @@ __all__ = ['vlb_weight', 'simple_loss', 'bound_loss']
 # %% ../nbs/06_objective.ipynb #7
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -71,6 +71,19 @@ def simple_loss(
     return mse_loss(m(x_t, t, **(cond or {}))[0], eps if m.predicts == "eps" else m.target(x_t, t, x0))
 
 # %% ../nbs/06_objective.ipynb #27
+def bound_term(
+    s: Schedule, p: Gaussian, x0: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Int64[Tensor, "b"]
+) -> Float[Tensor, "b"]:
+    """Return the term of the bound at `t`, in nats: KL(q(x_{t-1} | x_t, x_0) ‖ p), or at t = 0 -log p(x_0).
+
+    `p` is the reverse step at `x_t`, with which `x0`, 8-bit images in [-1, 1], were noised.
+    """
+    first = rearrange(t == 0, f"b -> b {'1 ' * (x0.ndim - 1)}")
+    posterior = q_posterior(s, x0, x_t, t.clamp(min=1))  # at t = 0 its variance is 0, and log 0 has no gradient
+    decoder = Gaussian(torch.where(first, p.mean, x0), torch.where(first, p.var, 1.0))  # harmless where t > 0
+    return per_image(torch.where(first, -discretized_log_prob(decoder, x0), posterior.kl(p)))
+
+# %% ../nbs/06_objective.ipynb #28
 def bound_loss(
     m: DDPM,
     x0: Float[Tensor, "b ..."],
@@ -84,9 +97,5 @@ def bound_loss(
     as in `noised`, `cond` as in `p_step`. The predicted x_0 is not clipped. Source: Ho et al. 2020, Eq. 5.
     """
     t, _, x_t = noised(m.s, x0, generator, part)
-    p = m.p_step(x_t, t, clip=False, **(cond or {}))
-    first = rearrange(t == 0, f"b -> b {'1 ' * (x0.ndim - 1)}")
-    posterior = q_posterior(m.s, x0, x_t, t.clamp(min=1))  # at t = 0 its variance is 0, and log 0 has no gradient
-    decoder = Gaussian(torch.where(first, p.mean, x0), torch.where(first, p.var, 1.0))  # harmless where t > 0
-    nats = torch.where(first, -discretized_log_prob(decoder, x0), posterior.kl(p))
-    return m.s.T * bits_per_dim(per_image(nats), x0).mean()
+    nats = bound_term(m.s, m.p_step(x_t, t, clip=False, **(cond or {})), x0, x_t, t)
+    return m.s.T * bits_per_dim(nats, x0).mean()

@@ -112,7 +112,7 @@ class _RunAndImages(Command):
     "Options of `train`: the settings of the run, and the images."
 
     training: tyro.conf.OmitArgPrefixes[UncheckedTrainConfig]
-    preset: Literal["digits", "mnist", "cifar10", "celebahq256", "lsun256"] = "digits"
+    preset: Literal[tuple(PRESETS)] = "digits"
     """network architecture, and the defaults of the other options"""
     data: str | None = None
     """digits, mnist5k, a folder of images, a .npy, .npz or .parquet file, or a data set of the Hugging Face Hub"""
@@ -148,7 +148,7 @@ class _Model(_RunAndImages):
     predicts: Literal["eps", "x0", "mean", "v"] = "eps"
     """what the network predicts"""
     variance: Literal["beta", "beta_tilde", "learned"] = "beta_tilde"
-    """variance of the reverse steps; learned needs `--objective bound`"""
+    """variance of the reverse steps; learned trains by the hybrid objective"""
     classes: bool = False
     """train on the class labels of the data, a tenth of them dropped, for `sample --labels` and `sample --guidance`"""
 

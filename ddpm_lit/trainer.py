@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -28,13 +29,12 @@ from ddpm_lit.files import Checkpoints, as_path, atomic_folder, writable_folder
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, image_grid, save_grid, track_picture
 from ddpm_lit.loading import ImageBatches, StoredImages, data_digest
-from ddpm_lit.objective import bound_loss, simple_loss
 from ddpm_lit.unet import UNet, class_condition
 
 logger = logging.getLogger("ddpm_lit")
 
 # %% ../nbs/16_training.ipynb #9
-OBJECTIVES = {"simple": simple_loss, "bound": bound_loss}
+OBJECTIVES = ("simple", "bound", "hybrid", "importance")  # `make_objective` of chapter 30 knows what they are
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class _Recipe:
     """images per batch, on each process"""
     accumulate: int = 1
     """gradient accumulation: batches per step; the batch is this many times larger, in the same memory"""
-    objective: Literal["simple", "bound"] = "simple"
-    """simple: the squared error of Ho et al. 2020, Eq. 14; bound: the variational bound, which trains variances, too"""
+    objective: Literal["simple", "bound", "hybrid", "importance"] = "simple"
+    """simple: squared error; bound: variational bound; importance: bound, t drawn by importance; hybrid: simple for the
+    means and bound for the variances, which is what simple stands for where they are learned"""
     lr: float = 2e-4
     """learning rate of Adam"""
     warmup: int = 500
@@ -184,8 +185,7 @@ def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
             raise ValueError(f"{name} must be {words}, got {type(value).__name__}")
     check_trainable(m.net)
     pretrained.model_files(m)  # what cannot be saved is refused now
-    if m.variance == "learned" and c.objective == "simple":
-        raise ValueError("objective must be 'bound' for a learned variance: the simple one teaches it nothing")
+    import_module("ddpm_lit.improved").make_objective(m, c.objective)  # raises where it does not fit
     if isinstance(m.net, UNet):
         m.net.check_images(torch.empty(1, *images.shape, device="meta"))
     check_labels(m.net, images, c.drop_labels)
@@ -213,6 +213,7 @@ class _TrainingStep:
         self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr, fused=True)  # one kernel for all tensors
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         self.borrowed = processes.Borrowed(self.net, config.seed + self.process[0], self.device)
+        self.objective = import_module("ddpm_lit.improved").make_objective(m, config.objective)
         self.step = self.seen = 0
         self.images_per_step = config.batch_size * config.accumulate * self.process[1]
         self.log = processes.TrainingLog(config.steps, config.log_every, self.device)
@@ -241,6 +242,7 @@ class _TrainingState(_TrainingStep):
         for kind, value in zip(("cpu", "cuda"), self.borrowed.random(), strict=False):
             state[f"random.{kind}"] = self.accelerator.gather(value.to(self.device)[None])  # (processes, bytes)
         state |= dict(losses=self.log.losses[: self.step], norms=self.log.norms[: self.step])
+        state |= {f"objective.{k}": value for k, value in getattr(self.objective, "state_dict", dict)().items()}
         state |= dict(scale=self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
         return state | dict(noise=self.noise.get_state(), step=self.step, seen=self.seen)
 
@@ -266,6 +268,7 @@ class _TrainingState(_TrainingStep):
         except RuntimeError:  # the generators of CPUs and GPUs have different states
             self.noise = processes.batch_generator(self.config.seed, self.step, self.device)
             logger.warning("resumed on another kind of device (%s): its random numbers begin anew", self.device.type)
+        getattr(self.objective, "load_state_dict", len)(with_prefix(state, "objective."))  # plain losses have no state
         self.average.n_averaged.fill_(self.step)
         self.log.restore(state["losses"], state["norms"])
 
@@ -377,7 +380,7 @@ class _Run(_TrainingState):
 
     def gradient(self, model: DDPM, batches: Iterator) -> Float[Tensor, ""]:
         "Accumulate the gradient over the batches of a step; return the mean loss over them and over all processes."
-        c, total, objective = self.config, 0.0, OBJECTIVES[self.config.objective]
+        c, total = self.config, 0.0
         for i in range(c.accumulate):
             x0, labels = next(batches)
             if c.channels_last:
@@ -387,7 +390,7 @@ class _Run(_TrainingState):
                 labels = drop_labels(labels, null, c.drop_labels, self.noise, self.process)
             cond = class_condition(self.net, labels)
             with self.accelerator.no_sync(model.net) if i < c.accumulate - 1 else contextlib.nullcontext():
-                loss = objective(model, x0, self.noise, self.process, cond) / c.accumulate
+                loss = self.objective(model, x0, self.noise, self.process, cond) / c.accumulate
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         return self.accelerator.reduce(total, "mean")

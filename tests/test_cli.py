@@ -572,7 +572,7 @@ def test_two_processes_share_a_request(tiny, tmp_path):
         (["train", "--ema", "1"], "ema must lie in [0, 1)"),
         (["train", "--out", "/dev/null/run"], "out must be a folder"),
         (["demo", "--out", "/dev/null/run"], "out must be a folder"),
-        (["train", "--variance", "learned"], "objective must be 'bound' for a learned variance"),
+        (["train", "--objective", "hybrid"], "objective must not be 'hybrid' for a fixed variance"),
         (["demo", "--samples", "3"], "samples must be at least 4"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
         (["demo", "--sampling-steps", "1001"], "--sampling-steps must"),

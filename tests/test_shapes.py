@@ -205,6 +205,14 @@ def calls(d: Names, folder: Path) -> None:
     classes.sample(2, 2, cond=y, generator=draw), d.ddim_invert(classes, x0, 2, cond=y)
     d.Sampling(steps=2, progress=False).draw(classes, 2, cond=y)
 
+    # 30 improved, 31 solvers
+    m = d.DDPM(lambda x, t: 0.1 * torch.cat([x, x], dim=1), s, variance="learned")
+    history = d.make_objective(m, "importance")
+    history(m, x0, draw), history.load_state_dict(history.state_dict()), d.hybrid_loss(m, x0, draw)
+    d.dpm_sample(m, x0.shape, 3), d.heun_sample(classes, x0.shape, 2, cond=y, spacing="log_snr")
+    d.dpm_plan(s, d.solver_times(s, 3)), d.heun_plan(s, d.solver_times(s, 3))
+    d.flow_log_prob(m, x0[..., :2, :2].double(), 2), d.flow_log_prob(classes, x0, 2, y)
+
     # 18 metrics, 19 evaluation: images in memory, in files, as bare pixels, in batches; all terms and some
     features, pixels = d.ClassifierFeatures(few, held_out=30), digits.pixels[:50]
     known = features(pixels)

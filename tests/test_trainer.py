@@ -143,10 +143,10 @@ def test_the_objective_is_the_one_that_is_configured(digits):
         torch.testing.assert_close(losses[0], expected.detach(), rtol=1e-5, atol=0)
 
 
-def test_a_learned_variance_wants_the_bound(digits, tmp_path):
-    with pytest.raises(ValueError, match="^objective must be 'bound' for a learned variance"):
-        Trainer(learning(), digits, config(out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists(), "refused before anything is written"
+def test_an_objective_that_does_not_fit_is_refused_before_anything_is_written(digits, tmp_path):
+    with pytest.raises(ValueError, match="^objective must not be 'hybrid' for a fixed variance"):
+        Trainer(tiny(), digits, config(out=str(tmp_path / "run"), objective="hybrid"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_with_another_objective_is_logged(digits, tmp_path, caplog):
