@@ -131,6 +131,14 @@ def count_classes(images: Images | StoredImages) -> int:
     return max(len(images.classes), images.labels.max().item() + 1)
 
 
+def check_size(net: UNet, preset: str) -> None:
+    "Raise `ValueError` unless the network can halve the size of its images as often as it does."
+    factor, size = 2 ** (len(net.down_blocks) - 1), net.config["sample_size"]
+    if size[0] % factor or size[1] % factor:
+        got = "×".join(map(str, size))
+        raise ValueError(f"size must be a multiple of {factor} for the preset {preset}; the images are {got}")
+
+# %% ../nbs/39_options.ipynb #21
 @dataclass(frozen=True)
 class _Model(_RunAndImages):
     "Options of `train`: the schedule and the network."
@@ -158,18 +166,14 @@ class _Model(_RunAndImages):
         channels, *size = images.shape
         out_channels = 2 * channels if self.variance == "learned" else channels
         changes = dict(in_channels=channels, out_channels=out_channels, sample_size=size)
-        if self.layers is not None:
-            changes["layers_per_block"] = self.layers
+        changes |= {} if self.layers is None else dict(layers_per_block=self.layers)
         if self.classes:
             changes["num_class_embeds"] = count_classes(images) + 1  # the last is the null label
         net = UNet.from_preset(self.preset, torch.Generator().manual_seed(self.training.seed), **changes)
-        factor = 2 ** (len(net.down_blocks) - 1)
-        if size[0] % factor or size[1] % factor:
-            got = "×".join(map(str, size))
-            raise ValueError(f"size must be a multiple of {factor} for the preset {self.preset}; the images are {got}")
+        check_size(net, self.preset)
         return DDPM(net, s, self.predicts, self.variance)
 
-# %% ../nbs/39_options.ipynb #23
+# %% ../nbs/39_options.ipynb #25
 def full_path(data: str) -> str:
     "Return local `data` as an absolute path; a name of a data set stays, as `load_images` decides it."
     path = Path(data)
@@ -210,7 +214,7 @@ class Train(_Model):
             f"The model is in {out}. Try: ddpm_lit sample {shlex.quote(out)} -n 64 --out samples.png",
         )
 
-# %% ../nbs/39_options.ipynb #26
+# %% ../nbs/39_options.ipynb #28
 def option_value(args: Sequence[str], option: str) -> str | None:
     "Return the value of `option` in `args`, written with a space or with an equals sign; None where it is missing."
     pairs = [(arg, value) for arg, value in pairwise([*args, ""]) if arg == option]
@@ -248,7 +252,7 @@ def default_train(args: Sequence[str]) -> Train:
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(saved)} cannot be read: {error}") from error
 
-# %% ../nbs/39_options.ipynb #29
+# %% ../nbs/39_options.ipynb #31
 OUTPUT_FORMATS = {  # default path, suffixes, largest number of images
     "grid": ("samples.png", ".png", 4096),
     "npz": ("samples.npz", ".npz", None),
@@ -284,7 +288,7 @@ def resolve_output(out: Path | None, format: str | None, every: int | None, n: i
         raise ValueError(f"n must be at most {most} for one {chosen}, got {n}{hint}")
     return chosen, path
 
-# %% ../nbs/39_options.ipynb #32
+# %% ../nbs/39_options.ipynb #34
 def class_names(run: Path) -> list[str]:
     "Return the names of the classes that a run was trained on, as far as its `train.json` has them."
     saved = run / "train.json"
@@ -318,7 +322,7 @@ def parse_labels(text: str | None, classes: int | None, names: Sequence[str] = (
         raise ValueError(f"labels must be from 0 to {classes - 1} for this network, got {text}")
     return labels
 
-# %% ../nbs/39_options.ipynb #35
+# %% ../nbs/39_options.ipynb #37
 def batch_sizes(n: int, batch_size: int, ends: Sequence[int] = ()) -> list[int]:
     "Return the sizes of the batches of `n` images; none goes beyond one of the `ends`."
     parts = pairwise([0, *ends, n])
@@ -347,7 +351,7 @@ class GrowingPictures(CachedPictures):
         "Return the indices of the images of batch `i`."
         return range(self.first[i], self.first[i + 1])
 
-# %% ../nbs/39_options.ipynb #38
+# %% ../nbs/39_options.ipynb #40
 def check_run(run: Path) -> None:
     "Raise `ValueError` where the folder of a run holds no model, or a `UNet` without the size of its images."
     folder = model_folder(run)
@@ -355,7 +359,7 @@ def check_run(run: Path) -> None:
         if path.is_file() and read_json(path).get("sample_size") is None:
             raise ValueError(f"run must hold a model of images of one size, but sample_size is not set in {path}")
 
-# %% ../nbs/39_options.ipynb #41
+# %% ../nbs/39_options.ipynb #43
 def guided(m: DDPM, scale: float | None) -> DDPM:
     "Return `m` with classifier-free guidance, its last label the null one; `m` itself where `scale` is None."
     if scale is None:
@@ -364,7 +368,7 @@ def guided(m: DDPM, scale: float | None) -> DDPM:
         raise ValueError(f"guidance must not be given for a network without classes, got {scale:g}")
     return classifier_free(m, scale, dict(class_labels=m.net.config["num_class_embeds"] - 1))
 
-# %% ../nbs/39_options.ipynb #44
+# %% ../nbs/39_options.ipynb #46
 @dataclass(frozen=True)
 class RunOptions(Command):
     "Options of `sample` and `evaluate`: the model, and how to draw from it."
@@ -393,7 +397,7 @@ class _SampleOptions(RunOptions):
     every: int | None = None
     """write the sampling trajectory, a frame every so many steps: as a .gif, or as a .png with a row for each image"""
 
-# %% ../nbs/39_options.ipynb #45
+# %% ../nbs/39_options.ipynb #47
 @dataclass(frozen=True)
 class Sample(_SampleOptions):
     "Draw images from a trained model. After an interruption, the same command resumes."

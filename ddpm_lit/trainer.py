@@ -252,16 +252,15 @@ class _TrainingState(_TrainingStep):
         if state["step"] > self.config.steps:
             raise ValueError(f"steps must be at least the {state['step']} that are done, got {self.config.steps}")
         for name, value in with_prefix(state, "adam.").items():
-            i, key = name.split(".")
-            like = parameters[int(i)] if value.shape == parameters[int(i)].shape else value
-            adam.setdefault(int(i), {})[key] = torch.empty_like(like).copy_(value)  # fused Adam ignores strides
+            i, key = int(name.split(".")[0]), name.split(".")[1]
+            like = parameters[i] if value.shape == parameters[i].shape else value
+            adam.setdefault(i, {})[key] = torch.empty_like(like).copy_(value)  # fused Adam ignores strides
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
         for prefix, m in (("net.", self.m), ("ema.", self.ema)):
             m.net.load_state_dict(with_prefix(state, prefix))
-        random = [rows[rank] for _, rows in sorted(with_prefix(state, "random.").items()) if len(rows) == count]
-        self.borrowed.restore(random)
-        if state.get("scale") and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scale"])
+        random = sorted(with_prefix(state, "random.").items())
+        self.borrowed.restore([rows[rank] for _, rows in random if len(rows) == count])
+        state.get("scale") and self.accelerator.scaler and self.accelerator.scaler.load_state_dict(state["scale"])
         self.step, self.seen = state["step"], state["seen"]
         try:
             self.noise.set_state(state["noise"])
@@ -269,8 +268,7 @@ class _TrainingState(_TrainingStep):
             self.noise = processes.batch_generator(self.config.seed, self.step, self.device)
             logger.warning("resumed on another kind of device (%s): its random numbers begin anew", self.device.type)
         getattr(self.objective, "load_state_dict", len)(with_prefix(state, "objective."))  # plain losses have no state
-        self.average.n_averaged.fill_(self.step)
-        self.log.restore(state["losses"], state["norms"])
+        self.average.n_averaged.fill_(self.step), self.log.restore(state["losses"], state["norms"])
 
 # %% ../nbs/16_training.ipynb #40
 def run_metadata(trainer: "Trainer", state: dict) -> dict:

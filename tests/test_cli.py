@@ -683,3 +683,52 @@ def test_python_m_shows_progress_with_the_loss(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(word in done.stderr for word in ("loss=", "img/s", "sampling", "bits/dim"))
     assert "Try next" in done.stdout
+
+
+# Classes and guidance.
+
+
+@pytest.fixture(scope="module")
+def by_label(tmp_path_factory):
+    "A run of two steps on twelve pictures, in the folders cat and dog."
+    folder, digits = tmp_path_factory.mktemp("pets"), load_images("digits").pixels[:12, 0].numpy()
+    for i, pixels in enumerate(digits):
+        (folder / "data" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "data" / ("cat", "dog")[i % 2] / f"{i}.png")
+    words = ["--data", str(folder / "data"), "--out", str(folder / "run"), "--steps", "2", "--batch-size", "4"]
+    assert cli.main(["train", *words, "--classes", "--layers", "1", "--warmup", "0", "--lr", "0.01", *QUIET]) == 0
+    return folder / "run"
+
+
+def test_a_run_with_classes_knows_their_names_and_resumes(by_label):
+    saved, m = json.loads((by_label / "train.json").read_text()), DDPM.from_pretrained(model_folder(by_label))
+    assert saved["class_names"] == ["cat", "dog"] and saved["classes"] and m.net.config["num_class_embeds"] == 3
+    metadata = json.loads((Checkpoints(by_label).newest() / "training.json").read_text())
+    assert metadata["config"]["drop_labels"] == 0.1
+    assert cli.main(["train", "--resume", "--steps", "3", "--out", str(by_label), *QUIET]) == 0
+    assert Checkpoints(by_label).steps()[-1] == 3
+
+
+def test_guided_samples_stand_in_a_row_for_each_label(by_label, tmp_path):
+    def sampled(name, *words):
+        words = ["-n", "4", "--steps", "2", "--out", str(tmp_path / name), *words]
+        assert cli.main(["sample", str(by_label), *words, *QUIET]) == 0
+        return tmp_path / name
+
+    guided = load_images(sampled("a.npz", "--labels", "cat,dog", "--guidance", "3")).pixels
+    assert torch.equal(guided, load_images(sampled("b.npz", "--labels", "0-1", "--guidance", "3")).pixels)
+    assert torch.equal(guided, load_images(sampled("c.npz", "--guidance", "3")).pixels), "all but the null label"
+    plain = load_images(sampled("d.npz", "--labels", "0-1")).pixels
+    assert torch.equal(plain, load_images(sampled("e.npz", "--labels", "0-1", "--guidance", "1")).pixels)
+    assert not torch.equal(plain, guided)
+    save_grid(tmp_path / "rows.png", guided[[0, 2, 1, 3]], columns=2)
+    drawn = sampled("grid.png", "--labels", "cat,dog", "--guidance", "3")
+    assert np.array_equal(np.array(Image.open(drawn)), np.array(Image.open(tmp_path / "rows.png")))
+
+
+def test_what_guidance_cannot_do_is_refused(by_label, demo, capsys):
+    unknown = refused(capsys, "sample", str(by_label), "--labels", "cow")
+    assert "names (cat, dog)" in unknown
+    assert "guidance must not be given" in refused(capsys, "sample", str(demo), "--guidance", "2")
+    assert "labels must be from 0 to 1" in refused(capsys, "sample", str(by_label), "--labels", "2", "--guidance", "2")
+    assert "--guidance must be a finite number" in refused(capsys, "sample", str(by_label), "--guidance", "nan")

@@ -259,7 +259,11 @@ def calls(d: Names, folder: Path) -> None:
     run, little = str(folder / "demo"), ["--no-progress", "--steps", "2"]
     assert main(["demo", *little, "--out", run, "--samples", "4", "--sampling-steps", "2"]) == 0
     assert main(["train", *little, "--out", run, "--T", "5"]) == main(["train", "--resume", "--out", run]) == 0
-    SafeStream(None).discard()
+    SafeStream(None).discard(), d.check_unambiguous((100, 8, 8))
+    labelled = ["--out", str(folder / "labels")]
+    assert main(["train", *little, *labelled, "--classes", "--layers", "1", "--batch-size", "4"]) == 0
+    words = ["--labels", "0-1", "--guidance", "3", "-n", "4", "--out", str(folder / "rows.png")]
+    assert main(["sample", labelled[1], *little, *words]) == 0
     forms = [[], ["--format", "npz"], ["--format", "png"], ["--every", "1"]]
     for words, name in zip(forms, ("two.png", "two.npz", "two", "two.gif"), strict=True):
         assert main(["sample", run, *little, "-n", "2", "--batch-size", "1", "--out", str(folder / name), *words]) == 0
