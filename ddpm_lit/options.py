@@ -397,6 +397,17 @@ class _SampleOptions(RunOptions):
     every: int | None = None
     """write the sampling trajectory, a frame every so many steps: as a .gif, or as a .png with a row for each image"""
 
+    def check_every(self, steps: int) -> None:
+        "Raise `ValueError` where `every` is not one of `steps`."
+        if self.every is not None and not 1 <= self.every <= steps:
+            raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {self.every}")
+
+    def label_list(self, m: DDPM) -> list[int] | None:
+        "Return the labels to draw: by default all, but the null label only without guidance; None without classes."
+        classes = m.net.config["num_class_embeds"]
+        known = classes if self.guidance is None else classes - 1
+        return parse_labels(self.labels, known, class_names(self.run_folder))
+
 # %% ../nbs/39_options.ipynb #47
 @dataclass(frozen=True)
 class Sample(_SampleOptions):
@@ -406,17 +417,13 @@ class Sample(_SampleOptions):
         as_integer("n", self.n, least=1), as_integer("batch_size", self.batch_size, least=1)
         output, path = resolve_output(self.out, self.format, self.every, self.n)
         check_run(self.run_folder)
-        m = load_run(self.run_folder)
+        m = guided(load_run(self.run_folder), self.guidance)
         request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
-        classes, m = m.net.config["num_class_embeds"], guided(m, self.guidance)
-        known = classes if self.guidance is None else classes - 1
-        labels = parse_labels(self.labels, known, class_names(self.run_folder))
-        request |= {} if labels is None else dict(labels=labels)
-        request |= {} if self.guidance is None else dict(guidance=self.guidance)
+        chosen = dict(labels=(labels := self.label_list(m)), guidance=self.guidance)
+        request |= {name: value for name, value in chosen.items() if value is not None}
         rows = len(labels or [0]) if (self.labels, self.guidance) != (None, None) else 1
         labels = labels and torch.tensor(labels, device="cpu").repeat(-(-self.n // len(labels)))[: self.n]
-        if self.every is not None and not 1 <= self.every <= request["steps"]:
-            raise ValueError(f"every must be from 1 to the number of steps, {request['steps']}; got {self.every}")
+        self.check_every(request["steps"])
         parts = path.with_name(path.name + ".parts")
         if parts.is_file():
             raise ValueError(f"out must be another path: {parts}, the place of finished batches, is a file")
