@@ -107,6 +107,5 @@ def make_objective(m: DDPM, name: str) -> Callable:
         raise ValueError(f"objective must not be 'hybrid' for a fixed variance, got variance {m.variance!r}")
     if name == "importance":
         return ImportanceBound(m.s.T, m.s.beta.device)
-    return {"simple": hybrid_loss if m.variance == "learned" else simple_loss, "bound": bound_loss}.get(
-        name, hybrid_loss
-    )
+    simple = hybrid_loss if m.variance == "learned" else simple_loss
+    return dict(simple=simple, hybrid=hybrid_loss, bound=bound_loss)[name]

@@ -11,10 +11,7 @@ import copy
 import functools
 import itertools
 import json
-import os
 import re
-import socket
-import threading
 import warnings
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from torch import Tensor, nn
 from ddpm_lit.ddpm import DDPM, one_of
 from ddpm_lit.files import as_path, as_plain, atomic_folder, model_folder, read_json, write_json
 from ddpm_lit.forward import Schedule, linear_schedule, schedule_by_name
-from ddpm_lit.processes import compute_once, this_process
+from ddpm_lit.processes import this_process
 from ddpm_lit.unet import UNet
 
 # %% ../nbs/12_pretrained.ipynb #8
@@ -344,107 +341,3 @@ def check_same_model(m: DDPM, before: DDPM) -> None:
     settings, run = dict(predicts=before.predicts, variance=before.variance, clip=before.clip), "the run to be resumed"
     m.check_settings(run, before.s.beta.tolist(), **settings)
     check_config_of(m.net, json_config(before.net), run, free=("sample_size",), words="{} must be {!r}, as in")
-
-# %% ../nbs/12_pretrained.ipynb #44
-HEARTBEAT, SILENCE = 20.0, 120.0  # seconds
-
-
-def start_time(process: int) -> str | None:
-    "Return when a process of this machine began; None: it has ended; an empty text: the system does not tell."
-    if not Path("/proc/self/stat").is_file():
-        return ""
-    try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]  # a zombie has ended
-
-
-def this_machine() -> str:
-    "Return the name of this machine, with the name space of its processes, which differs between containers."
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
-
-
-TRAINING: set[Path] = set()  # the claims under which this process trains at this moment
-
-
-def is_alive(path: Path, holder: dict, mine: dict) -> bool:
-    "Return whether the run whose claim `holder` is in the file `path` still trains, as far as the one of `mine` knows."
-    machine, process, start = (holder.get(name) for name in ("machine", "process", "start"))
-    if (machine, process, start) == tuple(mine.values())[:3]:
-        return path in TRAINING
-    if machine == mine["machine"] and start:
-        return start == start_time(process)
-    clock = path.with_name(f".{mine['name']}")  # the time of the disk, not of this machine
-    clock.touch()
-    silence = clock.stat().st_mtime - path.stat().st_mtime
-    clock.unlink()
-    return silence < SILENCE
-
-# %% ../nbs/12_pretrained.ipynb #46
-class Claim:
-    "The claim of a run on its folder (None: none): the file `running.json`, which names machine and process."
-
-    def __init__(self, folder: Path | None):
-        self.path, self.stop = folder and folder.resolve() / "running.json", None
-        me = dict(machine=this_machine(), process=os.getpid(), start=start_time(os.getpid()))
-        self.mine = me | dict(name=os.urandom(8).hex())
-
-    def holder(self) -> dict:
-        "Return the claim in the file; {} where there is none, or where it is being written."
-        with contextlib.suppress(ValueError):
-            return read_json(self.path)
-        return {}
-
-    def refusal(self) -> str | None:
-        "Take the claim; return None, or the reason where another run has it."
-        for _ in range(3):
-            try:
-                with open(self.path, "x", encoding="utf-8") as file:
-                    json.dump(self.mine, file)
-                return None
-            except FileExistsError:
-                holder = self.holder()
-                with contextlib.suppress(FileNotFoundError):  # released meanwhile
-                    if is_alive(self.path, holder, self.mine):
-                        break
-                    self.path.rename(self.path.with_name(f".{self.mine['name']}")).unlink()  # one taker gets it
-        who = f"process {holder.get('process', '?')} on {str(holder.get('machine', '?')).partition(' ')[0]}"
-        return f"out must be the folder of one run: {who} trains in {str(self.path.parents[1])!r} (see {self.path})"
-
-# %% ../nbs/12_pretrained.ipynb #47
-class FolderClaim(Claim):
-    "A claim that all processes of a run take together, by `take` or `with`, renew, and release."
-
-    def take(self) -> None:
-        "Let the main process claim the folder, and renew the claim; ValueError on all where another run has it."
-        if self.path and self.stop is None:
-            if refusal := compute_once(self.refusal):
-                raise ValueError(refusal)
-            self.stop = threading.Event()
-            threading.Thread(target=self.renew, args=(self.stop,), daemon=True).start()
-
-    def renew(self, stop: threading.Event) -> None:
-        "Give a sign of life now and then, until `stop` is set."
-        while not stop.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
-
-    def release(self) -> None:
-        "Give the folder back, where this process has it."
-        if self.stop is not None and self.mine["process"] == os.getpid():
-            self.stop.set()
-            self.stop = None
-            TRAINING.discard(self.path)
-            with contextlib.suppress(OSError):
-                if self.holder() == self.mine:
-                    self.path.unlink()
-
-    def __enter__(self) -> None:
-        self.take()
-        TRAINING.add(self.path)
-
-    def __exit__(self, *_) -> None:
-        self.release()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import ddpm_lit
-from ddpm_lit import pretrained, processes
+from ddpm_lit import claims, pretrained, processes
 from ddpm_lit.ddpm import DDPM, as_kind, check_trainable, one_of
 from ddpm_lit.files import Checkpoints, as_path, atomic_folder, writable_folder
 from ddpm_lit.forward import as_integer
@@ -362,7 +362,7 @@ class _Run(_TrainingState):
         if pretrained.json_config(m.net).get("sample_size") is None:
             m.image_shape = images.shape
         self.checkpoints = open_checkpoints(c)
-        self.claim = pretrained.FolderClaim(self.checkpoints and self.checkpoints.folder)
+        self.claim = claims.FolderClaim(self.checkpoints and self.checkpoints.folder)
         with contextlib.ExitStack() as undo:
             self.claim.take()
             undo.callback(weakref.finalize(self, self.claim.release))

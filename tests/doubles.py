@@ -47,6 +47,17 @@ def tiny_model(s: Schedule | None = None, seed: int = 0, spread: float = 0.1, **
     return DDPM(net, s or linear_schedule(20), **words).eval()
 
 
+def mixing_model(predicts: str = "eps", variance: str = "beta_tilde", T: int = 1000, clip: bool = True) -> DDPM:
+    "Return a model of 8×8 images whose network is cheap and not linear, mixes the pixels and depends on t."
+    weights = torch.randn(64, 64, generator=rng(0), dtype=torch.float64) / 8
+
+    def net(x, t):
+        mixed = torch.tanh((x.flatten(1) @ weights.to(x)) + torch.sin(t / 100)[:, None].to(x)).view(x.shape)
+        return torch.cat([mixed, -mixed], dim=1) if variance == "learned" else mixed
+
+    return DDPM(net, linear_schedule(T), predicts, variance, clip)
+
+
 class OwnNet(nn.Module):
     "A network that is no `UNet`, of a user's own: it has parameters, reads x_t and t, and returns the shape of x_t."
 

@@ -361,11 +361,6 @@ def test_of_a_known_distribution_every_term_is_known(name, variance):
     assert (distortion.diff()[:9] > 0).all() and distortion[-1] > 2 * distortion[0]
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_images("digits")
-
-
 def other_cache(change):
     "The cache of another evaluation, given to one with a `change`."
     images, kwargs = Images(PIXELS[:, None, None]), dict(m=model(S), batch_size=5, cache={})
@@ -465,14 +460,6 @@ class Request:
     reference: Path | None = None
     batch_size: int = 4
     out: Path | None = None
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    "The folder of a run with a network of five steps."
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    tiny_model(linear_schedule(5, 1e-4, 0.5)).save_pretrained(folder / "model")
-    return folder
 
 
 @pytest.fixture(scope="module")

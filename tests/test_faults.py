@@ -40,19 +40,6 @@ NOT_UTF8 = "K\udcf6nig"  # as Python decodes a name in Latin-1
 ODD_NAMES = [NOT_UTF8, "Кёниг", "two\nlines \x1b[31mred", "a b's"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    "The folder of a run with a network of five steps."
-    folder = tmp_path_factory.mktemp("faults") / "run"
-    tiny_model(linear_schedule(5, 1e-4, 0.5)).save_pretrained(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_images("digits")
-
-
 @pytest.fixture
 def no_training(monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "fit", lambda self: torch.zeros(1))

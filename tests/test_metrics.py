@@ -17,7 +17,6 @@ from doubles import rng
 
 from ddpm_lit import metrics
 from ddpm_lit.images import Images
-from ddpm_lit.loading import load_images
 from ddpm_lit.metrics import (
     ClassifierFeatures,
     FeatureStatistics,
@@ -235,11 +234,6 @@ def test_two_thousand_features_of_any_number_of_images_fit_in_little_memory():
 
 
 PATHS = dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]), OMP_NUM_THREADS="1")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_images("digits")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from doubles import TINY, OwnNet, lively, rng, tiny_model
+from doubles import mixing_model as model
 
 import ddpm_lit.sampler as sampler
 from ddpm_lit.ddpm import DDPM
@@ -39,17 +40,6 @@ from ddpm_lit.unet import UNet
 
 PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SHAPE = (3, 1, 8, 8)
-
-
-def model(predicts="eps", variance="beta_tilde", T=1000):
-    "Return a model whose network is cheap and not linear, mixes the pixels and depends on t."
-    weights = torch.randn(64, 64, generator=rng(0), dtype=torch.float64) / 8
-
-    def net(x, t):
-        mixed = torch.tanh((x.flatten(1) @ weights.to(x)) + torch.sin(t / 100)[:, None].to(x)).view(x.shape)
-        return torch.cat([mixed, -mixed], dim=1) if variance == "learned" else mixed
-
-    return DDPM(net, linear_schedule(T), predicts, variance)
 
 
 def as_precise(theirs, s):
@@ -617,10 +607,10 @@ SAMPLERS = {
 def test_a_condition_is_the_same_as_a_model_with_the_condition_built_in(name, changes):
     m, (x_T, y) = conditional(**changes), eight()
     built_in, paths = m.with_net(lambda x, t: m.net(x, t, y)), {}
-    for key, model, cond in (("cond", m, dict(class_labels=y)), ("built in", built_in, None)):
+    for key, chosen, cond in (("cond", m, dict(class_labels=y)), ("built in", built_in, None)):
         paths[key] = []
         SAMPLERS[name](
-            model, x_T, cond=cond, callback=lambda t, x, x0, key=key: paths[key].append(torch.stack([x, x0]))
+            chosen, x_T, cond=cond, callback=lambda t, x, x0, key=key: paths[key].append(torch.stack([x, x0]))
         )
     assert torch.equal(torch.stack(paths["cond"]), torch.stack(paths["built in"]))
     others = SAMPLERS[name](m, x_T, cond=dict(class_labels=y.roll(1)))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from doubles import mixing_model as model
 from doubles import rng, tiny_model
 
-from ddpm_lit.ddpm import DDPM
 from ddpm_lit.exact import GaussianData, exact_ddpm
 from ddpm_lit.forward import cosine_schedule, linear_schedule
 from ddpm_lit.images import to_pixels
@@ -26,17 +26,6 @@ from ddpm_lit.solvers import (
 PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SHAPE = (3, 1, 8, 8)
 SOLVE = {"dpm": dpm_sample, "heun": heun_sample}
-
-
-def model(predicts="eps", T=1000, clip=False):
-    "Return a model whose network is cheap and not linear, mixes the pixels and depends on t."
-    weights = torch.randn(64, 64, generator=rng(0), dtype=torch.float64) / 8
-
-    def net(x, t):
-        mixed = x.flatten(1) @ weights.to(x)
-        return torch.tanh(mixed + torch.sin(t / 100)[:, None].to(x)).view(x.shape)
-
-    return DDPM(net, linear_schedule(T), predicts, clip=clip)
 
 
 def noise(seed=2, shape=SHAPE):
@@ -63,7 +52,7 @@ def in_float64(theirs, s, times, repeats):
 @pytest.mark.parametrize("predicts", PREDICTION)
 @pytest.mark.parametrize(("steps", "spacing"), [(5, "linear"), (20, "log_snr"), (12, "quadratic")])
 def test_dpm_steps_are_those_of_diffusers(predicts, steps, spacing):
-    m, x = model(predicts), noise()
+    m, x = model(predicts, clip=False), noise()
     options = dict(prediction_type=PREDICTION[predicts], solver_order=2, algorithm_type="dpmsolver++")
     theirs = DPMSolverMultistepScheduler(1000, 1e-4, 0.02, **options, final_sigmas_type="zero")
     times = solver_times(m.s, steps, spacing)
@@ -79,7 +68,7 @@ def test_dpm_steps_are_those_of_diffusers(predicts, steps, spacing):
 @pytest.mark.parametrize("predicts", PREDICTION)
 @pytest.mark.parametrize(("steps", "spacing"), [(5, "linear"), (20, "log_snr"), (12, "quadratic")])
 def test_heun_steps_are_those_of_diffusers(predicts, steps, spacing):
-    m, x_T = model(predicts), noise()
+    m, x_T = model(predicts, clip=False), noise()
     times = solver_times(m.s, steps, spacing)
     theirs = HeunDiscreteScheduler(1000, 1e-4, 0.02, prediction_type=PREDICTION[predicts])
     theirs = in_float64(theirs, m.s, times, 2)
@@ -126,7 +115,7 @@ def test_the_first_order_is_ddim_and_the_second_adds_one_column():
     assert all(torch.equal(a, b) for a, b in zip(ddim[:4], euler[:4], strict=True)) and euler.change_coef is None
     dpm = dpm_plan(s, times)
     assert all(torch.equal(a, b) for a, b in zip(ddim[:4], dpm[:4], strict=True)) and dpm.std_ratio is None
-    m = model()
+    m = model(clip=False)
     for steps in (1, 2):
         first = run_plan(m, euler_plan(s, solver_times(s, steps)), x, None)
         assert torch.equal(first, dpm_sample(m, SHAPE, steps, x, spacing="log_snr"))
@@ -175,7 +164,7 @@ def test_the_memory_of_a_solver_runs_through_a_compiled_step(monkeypatch):
     step = torch.compile(sampler.sampler_step, backend=backend, dynamic=False, fullgraph=True)
     monkeypatch.setattr(sampler, "compiled_step", lambda: step)
     torch.compiler.reset()
-    m = model("v", 30, clip=True)
+    m = model("v", T=30)
     for solver, sample in SOLVE.items():
         plain, compiled = (sample(m, SHAPE, 5, noise(), compile=c) for c in (False, True))
         torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-9, msg=solver)

@@ -24,23 +24,18 @@ from doubles import OwnNet, rng
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
+from ddpm_lit.claims import FolderClaim, start_time
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.files import Checkpoints, atomic_folder, checksum, find_damage, model_folder, writable_folder
 from ddpm_lit.forward import cosine_schedule, linear_schedule
 from ddpm_lit.images import Images, to_network
 from ddpm_lit.loading import ImageBatches, load_images
 from ddpm_lit.objective import bound_loss, simple_loss
-from ddpm_lit.pretrained import FolderClaim, start_time
 from ddpm_lit.processes import Stopped, this_process
 from ddpm_lit.trainer import TrainConfig, Trainer, ema_update, save_checkpoint
 from ddpm_lit.unet import UNet
 
 TINY = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_images("digits")
 
 
 def tiny(seed=0, **changes):
@@ -1148,7 +1143,7 @@ def test_a_claim_from_elsewhere_counts_as_long_as_it_gives_signs_of_life(digits,
 
 
 def test_a_run_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_lit.pretrained.HEARTBEAT", 0.01)
+    monkeypatch.setattr("ddpm_lit.claims.HEARTBEAT", 0.01)
     claim = FolderClaim(tmp_path)
     with claim:
         os.utime(claim.path, (0, 0))
