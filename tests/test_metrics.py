@@ -598,3 +598,16 @@ def test_samples_that_cannot_be_scored_are_refused(digits):
         with pytest.raises(ValueError, match=message):
             evaluate_samples(samples, images, **kwargs)
     assert metrics.classifier_obstacle(digits.select(torch.arange(1000))) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*features need more")
+def test_four_images_are_enough_and_three_are_not(digits):
+    def features(pixels):
+        return pixels.flatten(1)[:, 20:30].double()
+
+    pixels = digits.pixels
+    assert evaluate_samples(pixels[:4], digits, features=features, n_reference=4)["n"] == 4
+    assert evaluate_samples(pixels[:4], pixels[4:8], features=features)["precision_recall_n"] == [4, 4]
+    for samples, images, n in ((pixels[:3], digits, None), (pixels[:4], pixels[:3], None), (pixels[:4], digits, 3)):
+        with pytest.raises(ValueError, match="4"):
+            evaluate_samples(samples, images, features=features, n_reference=n)
