@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "data", "tracking", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "data", "tracking", "emoji", "book", "dev")}
 extras["dev"] = sorted({r for requirements in extras.values() for r in requirements})
 extras["bench"] = cfg["bench_requirements"].split()  # apart: one of the peers asks for torchvision
 
