@@ -34,6 +34,7 @@ from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, save_grid
 from ddpm_lit.loading import load_images
 from ddpm_lit.metrics import evaluate_samples
+from ddpm_lit.latent_options import TrainAutoencoder, TrainLatent, default_autoencoder
 from ddpm_lit.options import Command, RunOptions, Sample, Train, check_run, default_train, preset_config
 from ddpm_lit.processes import StderrHandler, Stopped, environment, is_main_process, print_main
 from ddpm_lit.sampler import Sampling
@@ -230,7 +231,8 @@ def exit_code(error: BaseException) -> int:
     return 2 if wrong else 1
 
 # %% ../nbs/40_command_line.ipynb #25
-COMMANDS = {"demo": Demo, "train": Train, "sample": Sample, "evaluate": Evaluate}
+COMMANDS = {"demo": Demo, "train": TrainLatent, "sample": Sample, "evaluate": Evaluate}
+COMMANDS |= {"train-autoencoder": TrainAutoencoder}
 OTHER_NAMES = {"n": "-n", "source": "--data", "layers_per_block": "--layers", "calls": "--bpd-calls", "m": "the model"}
 OTHER_NAMES |= {"scale": "--guidance"}
 
@@ -243,7 +245,7 @@ def one_line(text: object) -> str:
 def in_options(message: str, command: str) -> str:
     "Return a message that begins with the name of an argument with the option of `command` in its place."
     kind = COMMANDS.get(command, Demo)
-    names = {*kind.__dataclass_fields__, *(TrainConfig if kind is Train else Sampling).__dataclass_fields__}
+    names = {*kind.__dataclass_fields__, *(TrainConfig if kind in (TrainLatent, TrainAutoencoder) else Sampling).__dataclass_fields__}
     options = {name: f"--{name.replace('_', '-')}" for name in names} | OTHER_NAMES
     return re.sub(r"^\w+(?= (?:must|is|are|returned)\b|=)", lambda name: options.get(name[0], name[0]), message)
 
@@ -356,9 +358,10 @@ def parse(args: Sequence[str]) -> Command:
     "Return the command that `args` say; `SystemExit` after --help, and for an option that does not exist."
     commands = (
         Annotated[Demo, tyro.conf.subcommand("demo")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=default_train(args))]
+        | Annotated[TrainLatent, tyro.conf.subcommand("train", default=default_train(args, TrainLatent))]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[TrainAutoencoder, tyro.conf.subcommand("train-autoencoder", default=default_autoencoder(args))]
     )
     return tyro.cli(commands, prog="ddpm_lit", description=HELP, args=args)
 

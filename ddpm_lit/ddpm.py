@@ -214,6 +214,15 @@ class DDPM(_Denoiser):
         "Return p_theta(x_{t-1} | x_t, cond), a `Gaussian`; `clip` as in `x0_hat`."
         return self.reverse(x_t, t, clip, **cond)[0]
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        "Shape of what a sampler draws: that of an image, but for `LatentDDPM`."
+        return self.image_shape
+
+    def decode(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        "Return the images that samples `x` stand for: `x` itself, but for `LatentDDPM`."
+        return x
+
     # The only looks ahead: chapters 12 and 17 know file formats and samplers.
     def sample(self, n: int, steps: int | None = None, sampler: str = "ddim", **options) -> UInt8[Tensor, "n c h w"]:
         "Draw `n` images as pixels; `options` are those of `sample_pixels`, among them `cond` and `generator`."

@@ -352,7 +352,7 @@ class EvaluationRun:
     def __init__(self, config):
         check_request(config)
         self.config, self.m, self.results = config, load_run(config.run_folder), {}
-        self.bpd, self.fd = (config.bpd, config.fd) if config.bpd or config.fd else (True, True)
+        self.bpd, self.fd = (config.bpd, config.fd) if config.bpd or config.fd else (self.m.sample_shape == self.m.image_shape, True)
         self.request = sampling_request(config.sampling, self.m, config.run_folder, config.n, config.batch_size)
         self.out = config.out or config.run_folder / "evaluation.json"
         self.folder, self.kwargs = self.out.with_suffix(""), dict(progress=config.sampling.progress)

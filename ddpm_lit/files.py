@@ -411,6 +411,7 @@ def note_cached(cache: CachedBatches, what: str = ""):
 
 # %% ../nbs/10_files.ipynb #61
 MODEL_FILES = ("*config.json", "model_index.json", "diffusion_pytorch_model.*", "unet/*", "scheduler/*", "net/*")
+MODEL_FILES += ("vae/*", "vqvae/*")
 
 
 def model_digest(folder: Path) -> str:

@@ -150,8 +150,12 @@ def choose_residence(images, device: torch.device, resident: bool | None) -> tup
 def to_batch(
     pixels: UInt8[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"], device: torch.device
 ) -> Float[Tensor, "b c h w"]:
-    "Return pixels on the device, in [-1, 1], the `mirrored` ones flipped left to right."
+    "Return pixels on the device, in [-1, 1], the `mirrored` ones flipped left to right; latents as they are."
     x, mirrored = (value.to(device, non_blocking=True) for value in (pixels, mirrored))
+    if x.is_floating_point():
+        if mirrored.any():
+            raise ValueError("flip must be False for latents: the latent of a mirrored image is no mirrored latent")
+        return x
     x = to_network(x)
     return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 

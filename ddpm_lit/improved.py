@@ -100,8 +100,10 @@ class ImportanceBound(TermHistory):
 def make_objective(m: DDPM, name: str) -> Callable:
     """Return the loss of this name, for `TrainConfig`; for a learned variance "simple" stands for "hybrid".
 
-    Raises `ValueError` for another name, and for "hybrid" with a fixed variance.
+    A model with an `objective` of its own brings it. Raises `ValueError` for another name, and for "hybrid" with a fixed variance.
     """
+    if hasattr(m, "objective"):
+        return m.objective(name)
     one_of("objective", name, ("simple", "bound", "hybrid", "importance"))
     if name == "hybrid" and m.variance != "learned":
         raise ValueError(f"objective must not be 'hybrid' for a fixed variance, got variance {m.variance!r}")

@@ -135,8 +135,7 @@ def check_size(net: UNet, preset: str) -> None:
     "Raise `ValueError` unless the network can halve the size of its images as often as it does."
     factor, size = 2 ** (len(net.down_blocks) - 1), net.config["sample_size"]
     if size[0] % factor or size[1] % factor:
-        got = "×".join(map(str, size))
-        raise ValueError(f"size must be a multiple of {factor} for the preset {preset}; the images are {got}")
+        raise ValueError(f"size must be a multiple of {factor} for the preset {preset}; the images are {size[0]}×{size[1]}")
 
 # %% ../nbs/39_options.ipynb #21
 @dataclass(frozen=True)
@@ -192,6 +191,8 @@ def check_resumable(config: TrainConfig) -> None:
 class Train(_Model):
     "Train a model and write it into a folder, from which `sample` and `evaluate` read it; --resume continues a run."
 
+    load = staticmethod(load_images_once)
+
     def work(self) -> None:
         config = self.training.checked()
         if self.classes and config.drop_labels == 0:
@@ -199,7 +200,7 @@ class Train(_Model):
         check_resumable(config)
         if self.data is None:
             raise ValueError(f"data must be given for the preset {self.preset}: a folder of photographs, for example")
-        images = load_images_once(self.data, self.size, self.split, self.stream, config.progress)
+        images = self.load(self.data, self.size, self.split, self.stream, config.progress)
         m, sampling = self.model(images), Sampling(steps=min(25, self.T), progress=False)
         cond = class_condition(m.net, torch.arange(25, device="cpu") % count_classes(images)) if self.classes else None
         trainer = Trainer(m, images, config, draw=lambda m: sampling.draw(m, 25, cond=cond))
@@ -207,8 +208,7 @@ class Train(_Model):
             options = asdict(replace(self, data=full_path(self.data)))
             write_json(Path(config.out) / "train.json", options | dict(class_names=images.classes))
         losses = trainer.fit()
-        skipped = f", {trainer.log.skipped} skipped" if trainer.log.skipped else ""
-        out = printable(config.out)
+        skipped, out = f", {n} skipped" if (n := trainer.log.skipped) else "", printable(config.out)
         print_main(
             f"{printable(repr(images))}: {config.steps} steps{skipped}, loss {losses[-50:].nanmean():z.4f}",
             f"The model is in {out}. Try: ddpm_lit sample {shlex.quote(out)} -n 64 --out samples.png",
@@ -231,15 +231,15 @@ def check_kinds(options) -> None:
             raise TypeError(f"{name} must be of type {kinds[-1].__name__}, got {value!r}")
 
 
-def default_train(args: Sequence[str]) -> Train:
-    "Return `Train` with the defaults that `args` imply: those of the run that is to be resumed, or of a preset."
+def default_train(args: Sequence[str], kind: type[Train] = Train) -> Train:
+    "Return a `kind` with the defaults that `args` imply: those of the run that is to be resumed, or of a preset."
     name = option_value(args, "--preset")
     name = name if name in PRESETS else "digits"
     preset, config = PRESETS[name], preset_config(name)
     out = option_value(args, "--out") or config.out
     saved = home_path("out", out) / "train.json"
     if args[:1] != ["train"] or "--resume" not in args or not saved.is_file():
-        return Train(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
+        return kind(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
     try:
         options = read_json(saved)
         options.pop("class_names", None)
@@ -247,7 +247,7 @@ def default_train(args: Sequence[str]) -> Train:
             if options.get(name) == earlier:  # as earlier runs wrote it
                 options[name] = now
         config = UncheckedTrainConfig(**options.pop("training") | dict(resume=True, out=out))
-        check_kinds(config), check_kinds(train := Train(config, **options))
+        check_kinds(config), check_kinds(train := kind(config, **options))
         return train
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(saved)} cannot be read: {error}") from error
@@ -442,7 +442,7 @@ class Sample(_SampleOptions):
             conds, calls = batch_labels(labels, cache.sizes), self.sampling.network_calls(m)
 
             def draw(i: int, callback) -> None:
-                self.sampling.draw(m, cache.sizes[i], i, callback, conds[i])
+                self.sampling.draw(m, cache.sizes[i], i, lambda k, x: callback(k, m.decode(x)), conds[i])
 
             frames = record_trajectory(draw, len(conds), self.every, calls)
             save_animation(path, frames)

@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -291,7 +292,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
     m = DDPM(net, *load_scheduler((folder / "scheduler" if nested or own else folder) / "scheduler_config.json"))
     if own and shape:
         m.image_shape = tuple(shape)
-    return m.eval()
+    return import_module("ddpm_lit.latent").add_autoencoder(m.eval(), folder)  # chapter 33: the look ahead
 
 # %% ../nbs/12_pretrained.ipynb #35
 def download_model(name: str) -> Path:
@@ -316,6 +317,19 @@ def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
+# %% ../nbs/12_pretrained.ipynb #6256e0a1
+class Trainable(nn.Module):
+    "Base of a model other than `DDPM` that `Trainer` trains: a network with an `objective(name)` of its own; chapter 33."
+
+    @property
+    def net(self) -> nn.Module:
+        "The network to train: the model itself."
+        return self
+
+    def with_net(self, net: nn.Module) -> nn.Module:
+        "Return the model around another network: that network."
+        return net
+
 # %% ../nbs/12_pretrained.ipynb #41
 def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
     "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
@@ -331,13 +345,16 @@ def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> No
 def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
     "Return the model, the state and the metadata that `write_checkpoint` wrote; a network like `net` was trained."
     metadata = read_json(folder / "training.json")
-    ema = load_ddpm(folder, net=None if is_plain_unet(net) else copy.deepcopy(net))
+    own = None if is_plain_unet(net) else net
+    ema = net.from_pretrained(folder) if isinstance(net, Trainable) else load_ddpm(folder, net=copy.deepcopy(own))
     state = read_tensors(folder / "training.safetensors") | {f"ema.{k}": x for k, x in ema.net.state_dict().items()}
     return ema, state | {name: metadata[name] for name in ("step", "seen", "scale")}, metadata
 
 
 def check_same_model(m: DDPM, before: DDPM) -> None:
     "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
-    settings, run = dict(predicts=before.predicts, variance=before.variance, clip=before.clip), "the run to be resumed"
-    m.check_settings(run, before.s.beta.tolist(), **settings)
+    run = "the run to be resumed"
+    if isinstance(m, DDPM):
+        settings = dict(predicts=before.predicts, variance=before.variance, clip=before.clip)
+        m.check_settings(run, before.s.beta.tolist(), **settings)
     check_config_of(m.net, json_config(before.net), run, free=("sample_size",), words="{} must be {!r}, as in")

@@ -366,7 +366,7 @@ def sample_pixels(
     `cond`, `progress` and `compile` are as in `ancestral_sample`. Raises `ValueError` for an `n` below 1.
     """
     n, plan, k = as_integer("n", n, 1), sampling_plan(m, sampler, steps, eta), itertools.count(1)
-    x_T = initial_noise(m, (n, *m.image_shape), None, generator)
+    x_T = initial_noise(m, (n, *m.sample_shape), None, generator)
     if channels_last:
         m.net.to(memory_format=torch.channels_last)
         x_T = x_T.contiguous(memory_format=torch.channels_last)
@@ -375,7 +375,7 @@ def sample_pixels(
     after_step = None if callback is None else lambda t, x, x0: callback(next(k), x)
     with autocast(precision, m.device):
         x = run_plan(m, plan, x_T, generator, cond=cond, progress=progress, callback=after_step, compile=compile)
-    return to_pixels(x).cpu()
+    return to_pixels(m.decode(x)).cpu()
 
 # %% ../nbs/17_sampling.ipynb #87
 @dataclass(frozen=True)

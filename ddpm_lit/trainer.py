@@ -178,15 +178,15 @@ def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> 
 
 def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
     "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
-    kinds = dict(m=(m, DDPM, "a DDPM"), config=(c, TrainConfig, "a TrainConfig"))
+    kinds = dict(m=(m, DDPM | pretrained.Trainable, "a DDPM"), config=(c, TrainConfig, "a TrainConfig"))
     kinds |= dict(images=(images, Images | StoredImages, "Images, as load_images returns them"))
     for name, (value, kind, words) in kinds.items():
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be {words}, got {type(value).__name__}")
     check_trainable(m.net)
-    pretrained.model_files(m)  # what cannot be saved is refused now
+    isinstance(m, DDPM) and pretrained.model_files(m)  # what cannot be saved is refused now
     import_module("ddpm_lit.improved").make_objective(m, c.objective)  # raises where it does not fit
-    if isinstance(m.net, UNet):
+    if isinstance(m.net, UNet | pretrained.Trainable):
         m.net.check_images(torch.empty(1, *images.shape, device="meta"))
     check_labels(m.net, images, c.drop_labels)
 
@@ -387,7 +387,8 @@ class _Run(_TrainingState):
                 null = self.net.config["num_class_embeds"] - 1
                 labels = drop_labels(labels, null, c.drop_labels, self.noise, self.process)
             cond = class_condition(self.net, labels)
-            with self.accelerator.no_sync(model.net) if i < c.accumulate - 1 else contextlib.nullcontext():
+            net, last = getattr(model, "net", model), i == c.accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(net):
                 loss = self.objective(model, x0, self.noise, self.process, cond) / c.accumulate
                 self.accelerator.backward(loss)
             total = total + loss.detach()
@@ -410,7 +411,7 @@ class Trainer(_Run):
         context = processes.run_context(a, self.borrowed, asdict(c) if c.track == "wandb" else None, self.step)
         with self.claim, bar, error_advice(c, self.checkpoints), context as caught:
             net, optimizer = a.prepare(torch.compile(self.net) if c.compile else self.net, self.optimizer)
-            model = DDPM(net, self.m.s, self.m.predicts, self.m.variance)
+            model = DDPM(net, self.m.s, self.m.predicts, self.m.variance) if isinstance(self.m, DDPM) else net
             optimizer.zero_grad()  # what an interrupted step, or the caller, left there
             while self.step < c.steps:
                 # 1. the gradient of the loss of a batch, with a random t and new noise for each image
