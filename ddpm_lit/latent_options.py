@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/39b_latent_options.ipynb #37f65b51
+# %% ../nbs/39b_latent_options.ipynb #e69cbcc1
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class _AutoencoderOptions(Command):
     colour_weight: float = 0.0
     """weight of the error in differences of colours: for RGB"""
 
-# %% ../nbs/39b_latent_options.ipynb #278ad659
+# %% ../nbs/39b_latent_options.ipynb #06d57f92
 @dataclass(frozen=True)
 class TrainAutoencoder(_AutoencoderOptions):
     "Train an autoencoder and write it into a folder, for `train --latent`; --resume continues a run."
@@ -71,6 +71,8 @@ class TrainAutoencoder(_AutoencoderOptions):
     def model(self, shape: tuple[int, int, int]) -> Autoencoder:
         "Return an untrained autoencoder for images of `shape`, (c, h, w); the same seed gives the same weights."
         n, (c, *size) = len(self.widths), shape
+        if self.colour_weight and c != 3:
+            raise ValueError(f"colour_weight must be 0 for grey images, got {self.colour_weight:g}")
         config = dict(in_channels=c, out_channels=c, block_out_channels=self.widths, layers_per_block=self.layers)
         config |= dict(down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n)
         config |= dict(latent_channels=self.latent_channels, norm_num_groups=self.groups, scaling_factor=1.0)
@@ -104,7 +106,7 @@ class TrainAutoencoder(_AutoencoderOptions):
             print_main(f"{printable(repr(seen))}: {config.steps} steps; {quality} on {len(measured)} images",
                        f"The autoencoder is in {out}. Try: ddpm_lit train --latent {out} --data {printable(self.data)}")
 
-# %% ../nbs/39b_latent_options.ipynb #3248c05d
+# %% ../nbs/39b_latent_options.ipynb #06ca66a2
 AUTOENCODER_TRAINING = dict(steps=2000, batch_size=32, lr=2e-3, warmup=50, decay=True, ema=0.995, save_every=200)
 AUTOENCODER_TRAINING |= dict(out="runs/autoencoder")
 
@@ -124,7 +126,7 @@ def default_autoencoder(args: Sequence[str]) -> TrainAutoencoder:
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(saved)} cannot be read: {error}") from error
 
-# %% ../nbs/39b_latent_options.ipynb #b13a6215
+# %% ../nbs/39b_latent_options.ipynb #f923676f
 @dataclass(frozen=True)
 class _LatentOptions(Train):
     "Options of `train` for latents."
@@ -139,8 +141,6 @@ class _LatentOptions(Train):
             object.__setattr__(self, "latent", as_path(self.latent).absolute())
         if self.widths is not None:
             object.__setattr__(self, "widths", tuple(self.widths))
-        if self.widths is not None and self.latent is None:
-            raise ValueError("widths must come with --latent; the preset has those of other networks")
 
 
 class TrainLatent(_LatentOptions):
@@ -148,6 +148,8 @@ class TrainLatent(_LatentOptions):
 
     def load(self, data: str, size: int | None, split: str | None, stream: bool, progress: bool):
         "Return the images or, with `latent`, their latents, cached in the folder of the run."
+        if self.latent is None and self.widths is not None:
+            raise ValueError("widths must come with --latent: the preset has those of other networks")
         images = load_images_once(data, size, split, stream, progress)
         if self.latent is None:
             return images
