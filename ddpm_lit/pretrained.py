@@ -9,6 +9,7 @@ __all__ = []
 import contextlib
 import copy
 import functools
+import importlib.resources
 import itertools
 import json
 import re
@@ -268,15 +269,13 @@ def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
 
 # %% ../nbs/12_pretrained.ipynb #28
 def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
-    """Read a DDPM from a folder, or download it by its Hub id; on the CPU, in eval mode; half precision as float32.
+    """Read a DDPM: a folder, a model that ships with the package, or a Hub id; in eval mode; half precision as float32.
 
     Network and scheduler may lie in `unet/` and `scheduler/`, or both in the folder itself. `net` is the network of
     your own to fill; without it, it is a `UNet`. `ValueError` names the file that is missing or broken, the field that
     is not implemented, or the weight that does not fit. Nothing in a file is executed.
     """
-    folder = as_path(source)
-    if not folder.is_dir():
-        folder = download_model(str(source))
+    folder = find_model(source) or download_model(str(source))
     if (folder / "checkpoints").is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is the folder of a run, not of a model: its newest model is {model_folder(folder)}")
     nested, own = ((folder / part).is_dir() for part in ("unet", "net"))
@@ -293,6 +292,25 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
     if own and shape:
         m.image_shape = tuple(shape)
     return import_module("ddpm_lit.latent").add_autoencoder(m.eval(), folder)  # chapter 33: the look ahead
+
+# %% ../nbs/12_pretrained.ipynb #e27c6939
+def shipped_models() -> dict[str, Path]:
+    "Return the folders of the models that ship with the package, by name: in the package, or beside it in a clone."
+    package = Path(str(importlib.resources.files("ddpm_lit")))
+    places = [package, package.parent] if (package.parent / "settings.ini").is_file() else [package]
+    recipes = [path for place in places for path in sorted(place.glob("models/*/recipe.json"))]
+    return {path.parent.name: path.parent for path in recipes}
+
+
+def find_model(source) -> Path | None:
+    "Return the folder `source`, or that of the model of this name that ships with the package; None without either."
+    folder, shipped = as_path(source), shipped_models().get(str(source))
+    if shipped is None or not folder.is_dir():
+        return folder if folder.is_dir() else shipped
+    mine = any((folder / name).exists() for name in ("model_index.json", "config.json", "checkpoints", "model"))
+    chosen, other = ("the folder here", shipped) if mine else ("the model of ddpm_lit", f"./{source}, which holds none")
+    warnings.warn(f"model {str(source)!r} is read as {chosen}, not {other}", stacklevel=3)
+    return folder if mine else shipped
 
 # %% ../nbs/12_pretrained.ipynb #35
 def download_model(name: str) -> Path:
