@@ -293,7 +293,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
         m.image_shape = tuple(shape)
     return import_module("ddpm_lit.latent").add_autoencoder(m.eval(), folder)  # chapter 33: the look ahead
 
-# %% ../nbs/12_pretrained.ipynb #e27c6939
+# %% ../nbs/12_pretrained.ipynb #35
 def shipped_models() -> dict[str, Path]:
     "Return the folders of the models that ship with the package, by name: in the package, or beside it in a clone."
     package = Path(str(importlib.resources.files("ddpm_lit")))
@@ -312,7 +312,38 @@ def find_model(source) -> Path | None:
     warnings.warn(f"model {str(source)!r} is read as {chosen}, not {other}", stacklevel=3)
     return folder if mine else shipped
 
-# %% ../nbs/12_pretrained.ipynb #35
+# %% ../nbs/12_pretrained.ipynb #38
+def shipped_recipe(name: str) -> dict:
+    "Return the recipe of a model that ships with the package: its settings, and what was measured."
+    return read_json(shipped_models()[name] / "recipe.json")
+
+
+class ResultTable:
+    "Results of a long command, in a file beside its chapter: a line for each; the first line says how they were made."
+
+    def __init__(self, name: str, **made_by):
+        nbs = Path(str(importlib.resources.files("ddpm_lit"))).parent / "nbs"
+        places = [Path(name), nbs / name, *Path().glob(f"*/nbs/{name}")]  # in whatever folder Jupyter was started
+        self.path, self.made_by = next((path for path in places if path.exists()), Path(name)), made_by
+
+    def rows(self, **key) -> list[dict]:
+        "Return the rows that agree with `key`; raise `ValueError` where they were made with other settings."
+        if not self.path.exists():
+            return []
+        made_by, *rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        if not self.made_by.items() <= made_by.items():
+            command = self.made_by.get("command")
+            raise ValueError(f"{self.path} was made with {made_by}: remove it, and run `{command}`")
+        return [row for row in rows if key.items() <= row.items()]
+
+    def add(self, **row) -> None:
+        "Append a row, and print it."
+        first = [] if self.path.exists() else [self.made_by]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in [*first, row]))
+        print(row, flush=True)
+
+# %% ../nbs/12_pretrained.ipynb #41
 def download_model(name: str) -> Path:
     "Return the local copy of the Hub model `name`, with the files that `load_ddpm` reads; else `ValueError`."
     with warnings.catch_warnings():
@@ -330,12 +361,12 @@ def download_model(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name!r} is not a folder, and cannot be downloaded from the Hub: {error}") from error
 
-# %% ../nbs/12_pretrained.ipynb #38
+# %% ../nbs/12_pretrained.ipynb #44
 def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
-# %% ../nbs/12_pretrained.ipynb #6256e0a1
+# %% ../nbs/12_pretrained.ipynb #797fa020
 class Trainable(nn.Module):
     "Base of a model other than `DDPM` that `Trainer` trains: a network with an `objective(name)` of its own; chapter 33."
 
@@ -348,7 +379,7 @@ class Trainable(nn.Module):
         "Return the model around another network: that network."
         return net
 
-# %% ../nbs/12_pretrained.ipynb #41
+# %% ../nbs/12_pretrained.ipynb #47
 def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
     "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
     from safetensors.torch import save_file
