@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentDDPM']
 
-# %% ../nbs/33_latent.ipynb #f713c73c
+# %% ../nbs/33_latent.ipynb #d1c2483e
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ class Latents(Images):
     def __repr__(self):
         return f"Latents({self.name}: {len(self)} of {'×'.join(map(str, self.shape))})"
 
-# %% ../nbs/33_latent.ipynb #3dbf0c80
+# %% ../nbs/33_latent.ipynb #faca73b9
 @torch.no_grad()
 def encode_images(
     ae: Autoencoder, images: Images | StoredImages, generator: torch.Generator | None = None, progress: bool = False
@@ -87,7 +87,7 @@ def standardised(ae: Autoencoder, mean: Float[Tensor, "c"], std: Float[Tensor, "
     before.bias[z:] -= 2 * std.log()
     return ae
 
-# %% ../nbs/33_latent.ipynb #b5b940f0
+# %% ../nbs/33_latent.ipynb #c8c8e3f9
 def latents_of(images: Images | StoredImages, z: Float[Tensor, "n c h w"], ae: Autoencoder) -> Latents:
     "Return `z`, scaled as `ae` says, with the labels, captions and names of `images`."
     words = {name: getattr(images, name) for name in ("labels", "name", "classes", "captions") if hasattr(images, name)}
@@ -126,7 +126,7 @@ def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progres
         atomic_folder(folder, write)
     return latents_of(images, read_tensors(folder / "latents.safetensors")["latents"], load_autoencoder(folder))
 
-# %% ../nbs/33_latent.ipynb #c2706d5a
+# %% ../nbs/33_latent.ipynb #25f81684
 class LatentDDPM(DDPM):
     """A `DDPM` whose images are latents of an `autoencoder`: samplers draw latents, `sample` decodes them.
 
@@ -192,7 +192,7 @@ class LatentDDPM(DDPM):
         "Write network, scheduler and autoencoder into a folder: of a `UNet` one for diffusers' `LDMPipeline`."
         save_latent(self, folder)
 
-# %% ../nbs/33_latent.ipynb #0e956fd7
+# %% ../nbs/33_latent.ipynb #e9818b06
 def save_latent(m: LatentDDPM, folder) -> None:
     "Write what `save_ddpm` writes of the network, the autoencoder in `vqvae/`, and the index of a latent pipeline."
     plain = DDPM(m.net, m.s, m.predicts, m.variance, m.clip)
