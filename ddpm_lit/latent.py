@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LatentDDPM']
 
-# %% ../nbs/33_latent.ipynb #d1c2483e
+# %% ../nbs/33_latent.ipynb #31ee6113
 import copy
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from ddpm_lit.objective import simple_loss
 from ddpm_lit.pretrained import read_tensors, save_ddpm
 from ddpm_lit.processes import progress_bar
 
-
+# %% ../nbs/33_latent.ipynb #0667d529
 @dataclass(frozen=True, eq=False)
 class Latents(Images):
     "Latents of images in memory, as a diffusion model reads them, in place of `pixels`; and what decodes them."
@@ -51,7 +52,7 @@ class Latents(Images):
     def __repr__(self):
         return f"Latents({self.name}: {len(self)} of {'×'.join(map(str, self.shape))})"
 
-# %% ../nbs/33_latent.ipynb #faca73b9
+# %% ../nbs/33_latent.ipynb #cda0fc13
 @torch.no_grad()
 def encode_images(
     ae: Autoencoder, images: Images | StoredImages, generator: torch.Generator | None = None, progress: bool = False
@@ -87,7 +88,7 @@ def standardised(ae: Autoencoder, mean: Float[Tensor, "c"], std: Float[Tensor, "
     before.bias[z:] -= 2 * std.log()
     return ae
 
-# %% ../nbs/33_latent.ipynb #c8c8e3f9
+# %% ../nbs/33_latent.ipynb #d0d03dbf
 def latents_of(images: Images | StoredImages, z: Float[Tensor, "n c h w"], ae: Autoencoder) -> Latents:
     "Return `z`, scaled as `ae` says, with the labels, captions and names of `images`."
     words = {name: getattr(images, name) for name in ("labels", "name", "classes", "captions") if hasattr(images, name)}
@@ -104,7 +105,7 @@ def standard_latents(ae: Autoencoder, images: Images | StoredImages, seed: int =
     z = (z - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     return latents_of(images, z, standardised(ae, mean, std))
 
-
+# %% ../nbs/33_latent.ipynb #236982ae
 def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progress: bool = False) -> Latents:
     """Return `standard_latents`, from `folder` where they are cached there for these images, weights and seed.
 
@@ -126,14 +127,9 @@ def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progres
         atomic_folder(folder, write)
     return latents_of(images, read_tensors(folder / "latents.safetensors")["latents"], load_autoencoder(folder))
 
-# %% ../nbs/33_latent.ipynb #25f81684
-class LatentDDPM(DDPM):
-    """A `DDPM` whose images are latents of an `autoencoder`: samplers draw latents, `sample` decodes them.
-
-    `m` is a model of latents as `autoencoder.scale` gives them, which are not confined to [-1, 1]: its `clip` must be
-    False. Guidance and training are those of any `DDPM`. Raises `ValueError` where the two do not fit.
-    Source: Rombach et al. 2022.
-    """
+# %% ../nbs/33_latent.ipynb #22dbe6a9
+class _LatentModel(DDPM):
+    "A `DDPM` with an `autoencoder`, and the shapes of latents and of images."
 
     def __init__(self, m: DDPM, autoencoder: Autoencoder):
         for name, value, kind in (("m", m, DDPM), ("autoencoder", autoencoder, Autoencoder)):
@@ -145,7 +141,7 @@ class LatentDDPM(DDPM):
         self._shape, got = m._shape, autoencoder.config["latent_channels"]
         if self.sample_shape[0] != got:
             raise ValueError(f"autoencoder must have {self.sample_shape[0]} latent_channels, as the model, got {got}")
-        self.autoencoder = autoencoder.eval()
+        self.autoencoder, self.text_encoder = autoencoder.eval(), getattr(m, "text_encoder", None)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -169,16 +165,31 @@ class LatentDDPM(DDPM):
             raise ValueError(f"m is a model of latents, {own}, and has no bits/dim of images; got {got}")
         return super().forward(x_t, t, **cond)
 
+# %% ../nbs/33_latent.ipynb #0443e3b7
+class LatentDDPM(_LatentModel):
+    """A `DDPM` whose images are latents of an `autoencoder`: samplers draw latents, `sample` decodes them.
+
+    `m` is a model of latents as `autoencoder.scale` gives them, which are not confined to [-1, 1]: its `clip` must be
+    False. Guidance and training are those of any `DDPM`. Raises `ValueError` where the two do not fit.
+    Source: Rombach et al. 2022.
+    """
+
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
-        "Return the images that latents stand for, at most 64 at a time."
+        "Return the images that latents stand for, decoded 64 at a time."
         ae = self.autoencoder
-        return torch.cat([ae.decode(ae.unscale(part.to(ae.post_quant_conv.weight))) for part in x.split(64)])
+        return torch.cat([ae.decode(ae.unscale(part.to(next(ae.parameters())))) for part in x.split(64)])
+
+    def prompts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        "Return `cond` for these texts, one for each image; `ValueError` for a model without a text encoder."
+        if self.text_encoder is None:
+            raise ValueError("prompts must go to a model with a text encoder, and this one was read without")
+        return dict(encoder_hidden_states=self.text_encoder(texts, self.device))
 
     def with_net(self, net) -> "LatentDDPM":
         "Return the same model around another network, with the same autoencoder."
         plain = DDPM(net, self.s, self.predicts, self.variance, clip=False)
-        plain._shape = self.sample_shape
+        plain._shape, plain.text_encoder = self.sample_shape, self.text_encoder
         return LatentDDPM(plain, self.autoencoder).train(self.training)
 
     def objective(self, name: str = "simple"):
@@ -189,22 +200,37 @@ class LatentDDPM(DDPM):
         return simple_loss
 
     def save_pretrained(self, folder) -> None:
-        "Write network, scheduler and autoencoder into a folder: of a `UNet` one for diffusers' `LDMPipeline`."
+        "Write all parts into a folder that diffusers opens as a pipeline, if the network is one that it knows."
         save_latent(self, folder)
 
-# %% ../nbs/33_latent.ipynb #e9818b06
+# %% ../nbs/33_latent.ipynb #958521cf
+def pipeline_index(m: LatentDDPM, index: dict) -> tuple[str, dict]:
+    "Return the folder of the autoencoder and the model_index.json of a pipeline that diffusers opens, if it can."
+    kind = index.get("unet", [None, None])[1]
+    if kind == "UNet2DModel":
+        return "vqvae", index | {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "AutoencoderKL"]}
+    if kind is None:
+        return "vae", index
+    text = {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    none = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    none |= dict.fromkeys(text, [None, None]) if m.text_encoder is None else text
+    index |= {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    return "vae", index | none | {"requires_safety_checker": False}
+
+# %% ../nbs/33_latent.ipynb #de31c679
 def save_latent(m: LatentDDPM, folder) -> None:
-    "Write what `save_ddpm` writes of the network, the autoencoder in `vqvae/`, and the index of a latent pipeline."
+    "Write what `save_ddpm` writes of the network, the autoencoder, the text encoder, and the index of a pipeline."
     plain = DDPM(m.net, m.s, m.predicts, m.variance, m.clip)
     plain._shape = m._shape
 
     def write(temporary: Path) -> None:
         save_ddpm(plain, temporary)
-        save_autoencoder(m.autoencoder, temporary / "vqvae")
-        (temporary / "vqvae" / "model_index.json").unlink()
-        index = read_json(temporary / "model_index.json")
-        if index["_class_name"] == "DDPMPipeline":
-            index |= {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "AutoencoderKL"]}
+        part, index = pipeline_index(m, read_json(temporary / "model_index.json"))
+        save_autoencoder(m.autoencoder, temporary / part)
+        (temporary / part / "model_index.json").unlink()
+        if m.text_encoder is not None:
+            for name in ("tokenizer", "text_encoder"):
+                shutil.copytree(m.text_encoder.folder / name, temporary / name)
         write_json(temporary / "model_index.json", index)
 
     atomic_folder(as_path(folder), write, last="model_index.json")
@@ -214,4 +240,37 @@ def add_autoencoder(m: DDPM, folder: Path) -> DDPM:
     "Return `m` as the `LatentDDPM` of a folder that holds an autoencoder, too: in vae/ or vqvae/; else `m` itself."
     if not any((folder / part / "config.json").is_file() for part in ("vae", "vqvae")):
         return m
+    m.text_encoder = PromptEncoder(folder) if (folder / "text_encoder" / "config.json").is_file() else None
     return LatentDDPM(m, load_autoencoder(folder)).eval()
+
+# %% ../nbs/33_latent.ipynb #84ac8559
+class PromptEncoder:
+    """The frozen text encoder of a pipeline's `folder`: called with texts, it returns their tokens, (b, tokens, width).
+
+    It is read when it is first called, by `transformers`; ImportError with the line to install it where it is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.parts = folder, None
+
+    def read(self) -> tuple:
+        "Return tokenizer and encoder."
+        try:
+            from transformers import CLIPTextModel, CLIPTokenizer
+        except ImportError as error:
+            raise ImportError("the text encoder of a pipeline needs transformers: pip install transformers") from error
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+            encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{self.folder} must hold a tokenizer and a text_encoder: {error}") from error
+        return tokenizer, encoder.eval().requires_grad_(False)
+
+    def __call__(self, texts: Sequence[str], device="cpu") -> Float[Tensor, "b tokens width"]:
+        self.parts = self.parts or self.read()
+        tokenizer, encoder = self.parts
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        fill = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids = tokenizer(list(texts), **fill).input_ids
+        with torch.no_grad():
+            return encoder.to(device)(ids.to(device)).last_hidden_state

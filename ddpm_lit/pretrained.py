@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ddpm_lit.conditional import ConditionalUNet
 from ddpm_lit.ddpm import DDPM, one_of
 from ddpm_lit.files import as_path, as_plain, atomic_folder, model_folder, read_json, write_json
 from ddpm_lit.forward import Schedule, linear_schedule, schedule_by_name
@@ -54,10 +55,11 @@ def scheduler_config(m: DDPM) -> dict:
 # %% ../nbs/12_pretrained.ipynb #11
 SCHEDULER_DEFAULTS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 SCHEDULER_DEFAULTS |= dict(trained_betas=None, prediction_type="epsilon", variance_type="fixed_small", clip_sample=True)
-ONLY_VALUES = dict(_class_name=("DDPMScheduler", "DDIMScheduler"), clip_sample_range=(1.0,), thresholding=(False,))
+ONLY_VALUES = dict(_class_name=("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"))
+ONLY_VALUES |= dict(clip_sample_range=(1.0,), thresholding=(False,))
 ONLY_VALUES |= dict(rescale_betas_zero_snr=(False,), predict_epsilon=(True,))
 ONLY_VALUES |= dict(timestep_spacing=("leading", "linspace", "trailing"))
-IGNORED = {"set_alpha_to_one", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value"}
+IGNORED = {"set_alpha_to_one", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps"}
 IGNORED |= {"tensor_format", "timestep_values", "_diffusers_version"}  # the first two in the oldest published folders
 
 
@@ -74,7 +76,7 @@ def load_scheduler(path: Path) -> tuple[Schedule, str, str, bool]:
     "Read `s`, `predicts`, `variance` and `clip` from a scheduler_config.json; `ValueError` names a field not honoured."
     config = read_json(path)
     check_fields(path, config)
-    c = SCHEDULER_DEFAULTS | config
+    c = SCHEDULER_DEFAULTS | dict(clip_sample=config.get("_class_name") != "PNDMScheduler") | config
     try:
         one_of("prediction_type", c["prediction_type"], PREDICTION_TYPES)
         one_of("variance_type", c["variance_type"], VARIANCE_TYPES)
@@ -143,13 +145,17 @@ def check_fit(path: Path, tensors: dict[str, Tensor], net: nn.Module) -> None:
         raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(faults[:3])}{more}")
 
 
-def load_unet(folder: Path) -> UNet:
-    "Read the `UNet` of a folder with config.json and weights; `ValueError` names what is missing or does not fit."
+NETWORKS = {"UNet2DModel": UNet, "UNet2DConditionModel": ConditionalUNet}
+
+
+def load_unet(folder: Path) -> UNet | ConditionalUNet:
+    "Read the network of a folder with config.json and weights; `ValueError` names what is missing or does not fit."
     config = read_json(folder / "config.json")
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"{folder / 'config.json'} must describe a UNet2DModel, got {config['_class_name']}")
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind not in NETWORKS:
+        raise ValueError(f"{folder / 'config.json'} must describe a {' or '.join(NETWORKS)}, got {kind}")
     with torch.device("meta"):
-        net = UNet(**{name: value for name, value in config.items() if not name.startswith("_")})
+        net = NETWORKS[kind](**{name: value for name, value in config.items() if not name.startswith("_")})
     path, tensors = read_weights(folder)
     check_fit(path, tensors, net)
     net.load_state_dict(tensors, assign=True)
@@ -166,17 +172,18 @@ def json_config(net: nn.Module) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def unet_shapes(config: str) -> dict[str, torch.Size]:
-    "Return the shapes of the state of a `UNet` with the configuration in a JSON text."
+def unet_shapes(kind: type, config: str) -> dict[str, torch.Size]:
+    "Return the shapes of the state of a network of this `kind` with the configuration in a JSON text."
     with torch.device("meta"):
-        return {name: x.shape for name, x in UNet(**json.loads(config)).state_dict().items()}
+        return {name: x.shape for name, x in kind(**json.loads(config)).state_dict().items()}
 
 
 def is_plain_unet(net) -> bool:
-    "Return whether `net` is a `UNet` that its configuration can build again, layer by layer."
-    if type(net) is not UNet or json_config(net).keys() != net.config.keys():
+    "Return whether `net` is one of `NETWORKS` that its configuration can build again, layer by layer."
+    if type(net) not in NETWORKS.values() or json_config(net).keys() != net.config.keys():
         return False
-    return unet_shapes(json.dumps(json_config(net))) == {name: x.shape for name, x in net.state_dict().items()}
+    own = {name: x.shape for name, x in net.state_dict().items()}
+    return unet_shapes(type(net), json.dumps(json_config(net))) == own
 
 
 def check_state(net) -> None:
@@ -200,9 +207,10 @@ def model_files(m: DDPM) -> tuple[str, dict[str, dict]]:
     if is_plain_unet(m.net):
         if m._shape is not None:
             config["sample_size"] = m._shape[1] if m._shape[1] == m._shape[2] else list(m._shape[1:])
-        index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-        files = {"unet/config.json": {"_class_name": "UNet2DModel"} | config} | scheduler
-        return f"unet/{WEIGHTS}", files | {"model_index.json": index | {"unet": ["diffusers", "UNet2DModel"]}}
+        kind, pipeline = ("UNet2DModel", "DDPMPipeline") if type(m.net) is UNet else ("UNet2DConditionModel", "DDPM")
+        index = {"_class_name": pipeline, "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", kind]}
+        files = {"unet/config.json": {"_class_name": kind} | config} | scheduler
+        return f"unet/{WEIGHTS}", files | {"model_index.json": index}
     kind = type(m.net)
     rebuild = f"DDPM.from_pretrained(folder, net={kind.__qualname__}(...))"
     own = {"_class_name": f"{kind.__module__}.{kind.__qualname__}", "image_shape": m._shape, "rebuild": rebuild}
@@ -352,7 +360,8 @@ def download_model(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     files = ["config.json", WEIGHTS, "scheduler_config.json", "model_index.json", "net/*"]
-    files += ["unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json"]
+    files += ["unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json", "vae/config.json"]
+    files += [f"vae/{WEIGHTS}", "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files))
         if not any(folder.rglob("*.safetensors")):
