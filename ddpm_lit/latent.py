@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentDDPM']
 
-# %% ../nbs/33_latent.ipynb #31ee6113
+# %% ../nbs/33_latent.ipynb #07a110af
 import copy
 import shutil
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from ddpm_lit.objective import simple_loss
 from ddpm_lit.pretrained import read_tensors, save_ddpm
 from ddpm_lit.processes import progress_bar
 
-# %% ../nbs/33_latent.ipynb #0667d529
+# %% ../nbs/33_latent.ipynb #ee2a5884
 @dataclass(frozen=True, eq=False)
 class Latents(Images):
     "Latents of images in memory, as a diffusion model reads them, in place of `pixels`; and what decodes them."
@@ -52,7 +52,7 @@ class Latents(Images):
     def __repr__(self):
         return f"Latents({self.name}: {len(self)} of {'×'.join(map(str, self.shape))})"
 
-# %% ../nbs/33_latent.ipynb #cda0fc13
+# %% ../nbs/33_latent.ipynb #e66df6ac
 @torch.no_grad()
 def encode_images(
     ae: Autoencoder, images: Images | StoredImages, generator: torch.Generator | None = None, progress: bool = False
@@ -88,7 +88,7 @@ def standardised(ae: Autoencoder, mean: Float[Tensor, "c"], std: Float[Tensor, "
     before.bias[z:] -= 2 * std.log()
     return ae
 
-# %% ../nbs/33_latent.ipynb #d0d03dbf
+# %% ../nbs/33_latent.ipynb #09b70911
 def latents_of(images: Images | StoredImages, z: Float[Tensor, "n c h w"], ae: Autoencoder) -> Latents:
     "Return `z`, scaled as `ae` says, with the labels, captions and names of `images`."
     words = {name: getattr(images, name) for name in ("labels", "name", "classes", "captions") if hasattr(images, name)}
@@ -105,7 +105,7 @@ def standard_latents(ae: Autoencoder, images: Images | StoredImages, seed: int =
     z = (z - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     return latents_of(images, z, standardised(ae, mean, std))
 
-# %% ../nbs/33_latent.ipynb #236982ae
+# %% ../nbs/33_latent.ipynb #55c8036a
 def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progress: bool = False) -> Latents:
     """Return `standard_latents`, from `folder` where they are cached there for these images, weights and seed.
 
@@ -127,7 +127,7 @@ def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progres
         atomic_folder(folder, write)
     return latents_of(images, read_tensors(folder / "latents.safetensors")["latents"], load_autoencoder(folder))
 
-# %% ../nbs/33_latent.ipynb #22dbe6a9
+# %% ../nbs/33_latent.ipynb #6e4de059
 class _LatentModel(DDPM):
     "A `DDPM` with an `autoencoder`, and the shapes of latents and of images."
 
@@ -165,7 +165,7 @@ class _LatentModel(DDPM):
             raise ValueError(f"m is a model of latents, {own}, and has no bits/dim of images; got {got}")
         return super().forward(x_t, t, **cond)
 
-# %% ../nbs/33_latent.ipynb #0443e3b7
+# %% ../nbs/33_latent.ipynb #2b1c1d84
 class LatentDDPM(_LatentModel):
     """A `DDPM` whose images are latents of an `autoencoder`: samplers draw latents, `sample` decodes them.
 
@@ -203,7 +203,7 @@ class LatentDDPM(_LatentModel):
         "Write all parts into a folder that diffusers opens as a pipeline, if the network is one that it knows."
         save_latent(self, folder)
 
-# %% ../nbs/33_latent.ipynb #958521cf
+# %% ../nbs/33_latent.ipynb #689079c1
 def pipeline_index(m: LatentDDPM, index: dict) -> tuple[str, dict]:
     "Return the folder of the autoencoder and the model_index.json of a pipeline that diffusers opens, if it can."
     kind = index.get("unet", [None, None])[1]
@@ -217,7 +217,7 @@ def pipeline_index(m: LatentDDPM, index: dict) -> tuple[str, dict]:
     index |= {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     return "vae", index | none | {"requires_safety_checker": False}
 
-# %% ../nbs/33_latent.ipynb #de31c679
+# %% ../nbs/33_latent.ipynb #45cf60cc
 def save_latent(m: LatentDDPM, folder) -> None:
     "Write what `save_ddpm` writes of the network, the autoencoder, the text encoder, and the index of a pipeline."
     plain = DDPM(m.net, m.s, m.predicts, m.variance, m.clip)
@@ -231,6 +231,9 @@ def save_latent(m: LatentDDPM, folder) -> None:
         if m.text_encoder is not None:
             for name in ("tokenizer", "text_encoder"):
                 shutil.copytree(m.text_encoder.folder / name, temporary / name)
+        if index["_class_name"] == "StableDiffusionPipeline":  # as diffusers wants it there
+            path = temporary / "scheduler" / "scheduler_config.json"
+            write_json(path, read_json(path) | dict(steps_offset=1))
         write_json(temporary / "model_index.json", index)
 
     atomic_folder(as_path(folder), write, last="model_index.json")
@@ -243,7 +246,7 @@ def add_autoencoder(m: DDPM, folder: Path) -> DDPM:
     m.text_encoder = PromptEncoder(folder) if (folder / "text_encoder" / "config.json").is_file() else None
     return LatentDDPM(m, load_autoencoder(folder)).eval()
 
-# %% ../nbs/33_latent.ipynb #84ac8559
+# %% ../nbs/33_latent.ipynb #bde4108d
 class PromptEncoder:
     """The frozen text encoder of a pipeline's `folder`: called with texts, it returns their tokens, (b, tokens, width).
 

@@ -263,3 +263,76 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, capsys):
     words = ["train", "--data", "digits", "--latent", str(tmp_path / "AE"), "--out", str(tmp_path / "file" / "run")]
     assert main([*words, "--no-progress"]) == 2
     assert "out must be a folder that can be written to" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    "A pipeline with the configuration of Stable Diffusion 1 at small widths, written by diffusers, and its folder."
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ends = dict(bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
+    parts = dict(
+        vae=AutoencoderKL(
+            block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=2, sample_size=64,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, **sizes, **ends)
+        ),
+        tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12),
+        unet=lively(UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16, 16, 16), norm_num_groups=4, cross_attention_dim=16,
+            attention_head_dim=2,
+        )),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+            set_alpha_to_one=False, steps_offset=1,
+        ),
+    )  # fmt: skip
+    none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    made = StableDiffusionPipeline(**parts, **none)
+    made.save_pretrained(folder / "sd")
+    return made, folder / "sd"
+
+
+@pytest.mark.slow
+def test_a_stable_diffusion_pipeline_draws_the_same_here_and_there(pipeline, tmp_path):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    theirs, folder = pipeline
+    m, texts = DDPM.from_pretrained(folder), ["a red cat", "two dogs"]
+    assert isinstance(m, LatentDDPM) and (m.sample_shape, m.image_shape) == ((4, 8, 8), (3, 64, 64))
+    assert not m.clip and m.predicts == "eps" and m.s.alpha_bar[-1].item() == pytest.approx(0.00466, rel=2e-3)
+    cond = m.prompts(texts)
+    torch.testing.assert_close(cond["encoder_hidden_states"], theirs.encode_prompt(texts, "cpu", 1, False)[0])
+    guided = classifier_free(m, 7.5, dict(encoder_hidden_states=m.prompts([""])["encoder_hidden_states"][0]))
+    x_T = torch.randn(2, 4, 8, 8, generator=rng(0))
+    ours = guided.decode(ddim_sample(guided, x_T.shape, 10, x_T=x_T, cond=cond))
+    guided.with_net(m.net).save_pretrained(tmp_path)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path)
+    changes = dict(set_alpha_to_one=True, steps_offset=0, timestep_spacing="trailing", clip_sample=False)
+    again.scheduler = DDIMScheduler.from_config(again.scheduler.config, **changes)
+    again.set_progress_bar_config(disable=True)
+    drawn = again(texts, num_inference_steps=10, guidance_scale=7.5, latents=x_T, output_type="np").images
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), drawn, rtol=0, atol=1e-4)
+
+
+def test_a_pipeline_whose_text_encoder_is_damaged_says_so(pipeline, tmp_path):
+    import shutil
+
+    shutil.copytree(pipeline[1], tmp_path / "sd")
+    (tmp_path / "sd" / "text_encoder" / "model.safetensors").unlink()
+    m = DDPM.from_pretrained(tmp_path / "sd")  # the images need no words
+    assert m.sample(1, 1, cond=dict(encoder_hidden_states=torch.zeros(1, 12, 16))).shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="must hold a tokenizer and a text_encoder"):
+        m.prompts(["a cat"])
+    (tmp_path / "sd" / "vae" / "config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(ValueError, match="must describe an AutoencoderKL, got VQModel"):
+        DDPM.from_pretrained(tmp_path / "sd")
