@@ -161,7 +161,7 @@ def choose_residence(images, device: torch.device, resident: bool | None) -> tup
 
 
 def to_batch(
-    pixels: UInt8[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"], device: torch.device
+    pixels: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"], mirrored: Bool[Tensor, "b"], device: torch.device
 ) -> Float[Tensor, "b c h w"]:
     "Return pixels on the device, in [-1, 1], the `mirrored` ones flipped left to right; latents as they are."
     x, mirrored = (value.to(device, non_blocking=True) for value in (pixels, mirrored))

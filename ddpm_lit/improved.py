@@ -97,7 +97,7 @@ class ImportanceBound(TermHistory):
         return (bits / p.to(bits)[t]).mean()
 
 
-def make_objective(m: DDPM, name: str) -> Callable:
+def make_objective(m, name: str) -> Callable:
     """Return the loss of this name, for `TrainConfig`; for a learned variance "simple" stands for "hybrid".
 
     A model with an `objective` of its own brings it. Raises `ValueError` for another name, and for "hybrid" with a fixed variance.

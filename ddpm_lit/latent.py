@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentDDPM']
 
-# %% ../nbs/33_latent.ipynb #07a110af
+# %% ../nbs/33_latent.ipynb #c7c8e8d8
 import copy
 import shutil
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from ddpm_lit.objective import simple_loss
 from ddpm_lit.pretrained import read_tensors, save_ddpm
 from ddpm_lit.processes import progress_bar
 
-# %% ../nbs/33_latent.ipynb #ee2a5884
+# %% ../nbs/33_latent.ipynb #8d2091d3
 @dataclass(frozen=True, eq=False)
 class Latents(Images):
     "Latents of images in memory, as a diffusion model reads them, in place of `pixels`; and what decodes them."
@@ -41,6 +41,14 @@ class Latents(Images):
         if self.labels is not None and self.labels.shape != x.shape[:1]:
             raise ValueError(f"labels must be one for each of {len(x)} latents, got {tuple(self.labels.shape)}")
 
+    def read(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> Float[Tensor, "b c h w"]:
+        "Return the latents at `indices`."
+        return self.pixels[as_indices(indices, len(self))]
+
+    def try_read(self, indices: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, "b"], dict]:
+        "Return what `Images.try_read` returns, for latents."
+        return self.pixels[indices], indices, {}
+
     def select(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> "Latents":
         "Return the latents at `indices`, in this order, with their labels and captions."
         i = as_indices(indices, len(self), least=1)
@@ -52,7 +60,7 @@ class Latents(Images):
     def __repr__(self):
         return f"Latents({self.name}: {len(self)} of {'×'.join(map(str, self.shape))})"
 
-# %% ../nbs/33_latent.ipynb #e66df6ac
+# %% ../nbs/33_latent.ipynb #68eb7939
 @torch.no_grad()
 def encode_images(
     ae: Autoencoder, images: Images | StoredImages, generator: torch.Generator | None = None, progress: bool = False
@@ -88,7 +96,7 @@ def standardised(ae: Autoencoder, mean: Float[Tensor, "c"], std: Float[Tensor, "
     before.bias[z:] -= 2 * std.log()
     return ae
 
-# %% ../nbs/33_latent.ipynb #09b70911
+# %% ../nbs/33_latent.ipynb #dd65b115
 def latents_of(images: Images | StoredImages, z: Float[Tensor, "n c h w"], ae: Autoencoder) -> Latents:
     "Return `z`, scaled as `ae` says, with the labels, captions and names of `images`."
     words = {name: getattr(images, name) for name in ("labels", "name", "classes", "captions") if hasattr(images, name)}
@@ -105,7 +113,7 @@ def standard_latents(ae: Autoencoder, images: Images | StoredImages, seed: int =
     z = (z - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     return latents_of(images, z, standardised(ae, mean, std))
 
-# %% ../nbs/33_latent.ipynb #55c8036a
+# %% ../nbs/33_latent.ipynb #3be2d2ee
 def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progress: bool = False) -> Latents:
     """Return `standard_latents`, from `folder` where they are cached there for these images, weights and seed.
 
@@ -127,7 +135,7 @@ def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progres
         atomic_folder(folder, write)
     return latents_of(images, read_tensors(folder / "latents.safetensors")["latents"], load_autoencoder(folder))
 
-# %% ../nbs/33_latent.ipynb #6e4de059
+# %% ../nbs/33_latent.ipynb #07d20fd6
 class _LatentModel(DDPM):
     "A `DDPM` with an `autoencoder`, and the shapes of latents and of images."
 
@@ -165,7 +173,7 @@ class _LatentModel(DDPM):
             raise ValueError(f"m is a model of latents, {own}, and has no bits/dim of images; got {got}")
         return super().forward(x_t, t, **cond)
 
-# %% ../nbs/33_latent.ipynb #2b1c1d84
+# %% ../nbs/33_latent.ipynb #3c4e64de
 class LatentDDPM(_LatentModel):
     """A `DDPM` whose images are latents of an `autoencoder`: samplers draw latents, `sample` decodes them.
 
@@ -175,7 +183,7 @@ class LatentDDPM(_LatentModel):
     """
 
     @torch.no_grad()
-    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
+    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out _ _"]:
         "Return the images that latents stand for, decoded 64 at a time."
         ae = self.autoencoder
         return torch.cat([ae.decode(ae.unscale(part.to(next(ae.parameters())))) for part in x.split(64)])
@@ -203,7 +211,7 @@ class LatentDDPM(_LatentModel):
         "Write all parts into a folder that diffusers opens as a pipeline, if the network is one that it knows."
         save_latent(self, folder)
 
-# %% ../nbs/33_latent.ipynb #689079c1
+# %% ../nbs/33_latent.ipynb #df00f34e
 def pipeline_index(m: LatentDDPM, index: dict) -> tuple[str, dict]:
     "Return the folder of the autoencoder and the model_index.json of a pipeline that diffusers opens, if it can."
     kind = index.get("unet", [None, None])[1]
@@ -217,7 +225,7 @@ def pipeline_index(m: LatentDDPM, index: dict) -> tuple[str, dict]:
     index |= {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     return "vae", index | none | {"requires_safety_checker": False}
 
-# %% ../nbs/33_latent.ipynb #45cf60cc
+# %% ../nbs/33_latent.ipynb #8fbe7877
 def save_latent(m: LatentDDPM, folder) -> None:
     "Write what `save_ddpm` writes of the network, the autoencoder, the text encoder, and the index of a pipeline."
     plain = DDPM(m.net, m.s, m.predicts, m.variance, m.clip)
@@ -246,7 +254,7 @@ def add_autoencoder(m: DDPM, folder: Path) -> DDPM:
     m.text_encoder = PromptEncoder(folder) if (folder / "text_encoder" / "config.json").is_file() else None
     return LatentDDPM(m, load_autoencoder(folder)).eval()
 
-# %% ../nbs/33_latent.ipynb #bde4108d
+# %% ../nbs/33_latent.ipynb #9474dc7c
 class PromptEncoder:
     """The frozen text encoder of a pipeline's `folder`: called with texts, it returns their tokens, (b, tokens, width).
 

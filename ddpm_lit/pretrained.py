@@ -377,7 +377,7 @@ def load_run(run: Path) -> DDPM:
 
 # %% ../nbs/12_pretrained.ipynb #797fa020
 class Trainable(nn.Module):
-    "Base of a model other than `DDPM` that `Trainer` trains: a network with an `objective(name)` of its own; chapter 33."
+    "Base of a model other than `DDPM` that `Trainer` trains: a network with its own `objective(name)`; chapter 33."
 
     @property
     def net(self) -> nn.Module:
@@ -388,8 +388,11 @@ class Trainable(nn.Module):
         "Return the model around another network: that network."
         return net
 
+
+Model = DDPM | Trainable
+
 # %% ../nbs/12_pretrained.ipynb #47
-def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
+def write_checkpoint(folder: Path, ema: Model, state: dict, metadata: dict) -> None:
     "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
     from safetensors.torch import save_file
 
@@ -400,7 +403,7 @@ def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> No
     write_json(folder / "training.json", metadata)
 
 
-def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
+def read_checkpoint(folder: Path, net: nn.Module) -> tuple[Model, dict, dict]:
     "Return the model, the state and the metadata that `write_checkpoint` wrote; a network like `net` was trained."
     metadata = read_json(folder / "training.json")
     own = None if is_plain_unet(net) else net
@@ -409,7 +412,7 @@ def read_checkpoint(folder: Path, net: nn.Module) -> tuple[DDPM, dict, dict]:
     return ema, state | {name: metadata[name] for name in ("step", "seen", "scale")}, metadata
 
 
-def check_same_model(m: DDPM, before: DDPM) -> None:
+def check_same_model(m: Model, before: Model) -> None:
     "Raise ValueError, naming the first difference, unless `before` is a model of the same configuration as `m`."
     run = "the run to be resumed"
     if isinstance(m, DDPM):

@@ -176,7 +176,7 @@ def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> 
         raise ValueError(f"drop_labels must be above 0 for num_class_embeds={rows} and {classes} classes of images")
 
 
-def check_model(m: DDPM, images: Images | StoredImages, c: TrainConfig) -> None:
+def check_model(m: pretrained.Model, images: Images | StoredImages, c: TrainConfig) -> None:
     "Raise ValueError where the network cannot be trained, or not on these images, or not by this objective."
     kinds = dict(m=(m, DDPM | pretrained.Trainable, "a DDPM"), config=(c, TrainConfig, "a TrainConfig"))
     kinds |= dict(images=(images, Images | StoredImages, "Images, as load_images returns them"))
@@ -199,7 +199,7 @@ def with_prefix(state: dict, prefix: str) -> dict:
 class _TrainingStep:
     "State that a step changes: the network `net` of `m`, its average in `ema`, Adam, random numbers, counts."
 
-    def __init__(self, m: DDPM, config: TrainConfig, accelerator):
+    def __init__(self, m: pretrained.Model, config: TrainConfig, accelerator):
         self.m, self.config, self.accelerator, self.device = m, config, accelerator, accelerator.device
         self.process = (accelerator.process_index, accelerator.num_processes)
         self.net = m.to(self.device).net
@@ -356,7 +356,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
 class _Run(_TrainingState):
     "A run on `images`: its state, its checkpoints, its batches, and the gradient of a step."
 
-    def __init__(self, m: DDPM, images, config: TrainConfig | None = None, draw=None, on_step: Callable | None = None):
+    def __init__(self, m, images, config: TrainConfig | None = None, draw=None, on_step: Callable | None = None):
         c, self.images, self.draw, self.on_step = config or TrainConfig(), images, draw, on_step
         check_model(m, images, c)
         if pretrained.json_config(m.net).get("sample_size") is None:
@@ -376,7 +376,7 @@ class _Run(_TrainingState):
             undo.pop_all()
         logger.info("%s; processes: %d; from step %d on", self.batches.describe(), self.process[1], self.step)
 
-    def gradient(self, model: DDPM, batches: Iterator) -> Float[Tensor, ""]:
+    def gradient(self, model: nn.Module, batches: Iterator) -> Float[Tensor, ""]:
         "Accumulate the gradient over the batches of a step; return the mean loss over them and over all processes."
         c, total = self.config, 0.0
         for i in range(c.accumulate):

@@ -22,6 +22,7 @@ checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # Needs the network; is slow.
 NOT_CALLED = {"ddpm_lit.pretrained.download_model", "ddpm_lit.images.load_mnist5k"}
+NOT_CALLED |= {"ddpm_lit.latent.PromptEncoder.read"}  # imports transformers; tests/test_latent.py calls it
 # Abstract.
 NOT_CALLED |= {f"ddpm_lit.sources.ImageSource.{name}" for name in ("name_of", "open", "select")}
 
@@ -253,6 +254,22 @@ def calls(d: Names, folder: Path) -> None:
         d.classifier_guided(guided, of_class, 1, conditional=True).p_step(x0, t, **y)
     d.scale_table(1, 6), d.check_null(None, y), d.null_rows("y", 3, y["class_labels"])
 
+    # 33 autoencoders, and diffusion in their latents
+    levels = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    grey = dict(block_out_channels=(4, 4), norm_num_groups=2, in_channels=1, out_channels=1)
+    ae, red = d.Autoencoder(**grey, **levels), torch.zeros(2, 3, 4, 4)
+    d.AutoencoderLoss(colour_weight=1.0).terms(red, red + 1, d.Gaussian(red, red + 1))
+    ae.objective()(ae, x0, draw), ae.decode(ae.encode(x0).sample(draw)), d.PlainBlock(4, 8, 2)(torch.zeros(1, 4, 4, 4))
+    d.reconstruction_error(d.reconstruct(ae, few), few.pixels), ae.save_pretrained(folder / "coder")
+    latents = d.cached_latents(d.Autoencoder.from_pretrained(folder / "coder"), digits, folder / "latents")
+    net = d.UNet.from_preset("digits", in_channels=4, out_channels=4, sample_size=4)
+    latents.try_read(torch.arange(2)), latents.read([0])
+    lm = d.LatentDDPM(d.DDPM(net, s, clip=False), latents.select([0, 1]).autoencoder)
+    lm.save_pretrained(folder / "both"), d.DDPM.from_pretrained(folder / "both").sample(2, 2), lm.with_net(net)
+    d.Trainer(lm, latents, d.TrainConfig(steps=1, batch_size=4, progress=False)).fit()
+    lm.text_encoder = lambda texts, device: torch.zeros(len(texts), 3, 4)
+    lm.prompts(["a", "b"]), lm.objective(), d.PromptEncoder(folder)
+
     # 39 options, 40 the command line: every command of it
     from ddpm_lit.cli import SafeStream, main
 
@@ -268,6 +285,10 @@ def calls(d: Names, folder: Path) -> None:
     for words, name in zip(forms, ("two.png", "two.npz", "two", "two.gif"), strict=True):
         assert main(["sample", run, *little, "-n", "2", "--batch-size", "1", "--out", str(folder / name), *words]) == 0
     assert main(["sample", run, "--steps", "0"]) == 2
+    coder = ["train-autoencoder", *little, "--widths", "8", "8", "--batch-size", "4", "--out", str(folder / "ae")]
+    assert main([*coder, "--data", "digits"]) == main([coder[0], "--resume", *coder[-2:], "--no-progress"]) == 0
+    latent = ["train", *little, "--latent", str(folder / "ae"), "--widths", "8", "--out", str(folder / "ae-run")]
+    assert main(latent) == 0
     words = ["-n", "4", "--batch-size", "3", "--bpd-calls", "2", "--reference", str(folder / "real.npz")]
     assert main(["evaluate", run, *little, *words]) == main(["evaluate", run, *little, *words]) == 0
 
