@@ -117,7 +117,7 @@ def heun_sample(
         m, solver_plan(m.s, "heun", steps, spacing), initial_noise(m, shape, x_T, generator), None, **options
     )
 
-# %% ../nbs/31_solvers.ipynb #40
+# %% ../nbs/31_solvers.ipynb #43
 def predicted_eps(m: DDPM, x: Float[Tensor, "b ..."], t: int, cond: dict[str, Tensor]) -> Float[Tensor, "b ..."]:
     "Return the noise that `m` sees in `x` at t, nothing clipped, whatever its network predicts."
     return eps_from_x0(m.s, x, t, m.x0_hat(x, t, m(x, t, **cond)[0], clip=False))
@@ -133,7 +133,7 @@ def eps_and_trace(m: DDPM, x: Float[Tensor, "b ..."], t: int, cond: dict[str, Te
         (slopes,) = torch.autograd.grad(own.sum(), copies)
     return eps.detach()[::d], slopes.view(b, d, d).diagonal(dim1=1, dim2=2).sum(1)
 
-# %% ../nbs/31_solvers.ipynb #41
+# %% ../nbs/31_solvers.ipynb #44
 @torch.no_grad()
 def flow_log_prob(
     m: DDPM, x: Float[Tensor, "b ..."], steps: int = 50, cond: dict[str, Tensor] | None = None

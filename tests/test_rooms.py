@@ -18,7 +18,19 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("checks", "gaussian", "forward", "posterior", "ddpm", "bound", "objective", "exact"),
     *("layers", "unet", "files", "processes", "claims", "pretrained", "images", "decoding", "sources", "loading"),
-    *("trainer", "sampler", "metrics", "evaluation", "improved", "solvers", "guidance", "options", "drawing", "cli"),
+    *(
+        "trainer",
+        "sampler",
+        "neighbours",
+        "metrics",
+        "evaluation",
+        "improved",
+        "solvers",
+        "guidance",
+        "options",
+        "drawing",
+        "cli",
+    ),
 )
 MODULES = {name: (ROOT / "ddpm_lit" / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
 CHAPTERS = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
