@@ -104,8 +104,10 @@ _MOVED = {
         measured_bits=measure_bpd no_sums=zero_sums plot_bits read_reference=load_reference write_results
     """,
     "options": """
-        FORMS=OUTPUT_FORMATS Sample Train Typed=UncheckedTrainConfig destination=resolve_output recipe_of=default_train
-        typed=option_value
+        Train Typed=UncheckedTrainConfig recipe_of=default_train typed=option_value
+    """,
+    "drawing": """
+        FORMS=OUTPUT_FORMATS Sample destination=resolve_output
     """,
     "cli": """
         Demo Evaluate complain=print_error findings=demo_report main scorecard shown_log=show_log table=format_table

@@ -229,7 +229,10 @@ def calls(d: Names, folder: Path) -> None:
     )
     for x in (known, known.float()):
         (
-            d.precision_recall(x, x[:30]),
+            d.precision_recall(samples=x, real=x[:30]),
+            d.density_coverage(samples=x, real=x[:30]),
+            d.kernel_distance(samples=x, real=x[:30], size=5, subsets=2),
+            d.nearest_ratio(samples=x[:9], train=x, held_out=x[:9]),
             d.kth_neighbour_distance(x, 1, 20),
             d.fraction_within(x, x[:9], torch.ones(9).to(x)),
         )
@@ -385,7 +388,7 @@ REFUSED = """
     d.Attention(8, 8, 4, 1e-5)(torch.zeros(2, 8, 4))
     d.matrix_sqrt(torch.zeros(2, 3).double())
     d.RunningStatistics().add(torch.zeros(2, 3, 4))
-    d.precision_recall(x0, x0)
+    d.precision_recall(samples=x0, real=x0)
     d.inception_score(torch.zeros(4, 2).long())
     d.bound_loss(m, x0.byte())
 """
