@@ -33,6 +33,7 @@ from ddpm_lit.evaluation import decoration, evaluate_run, measure_bpd
 from ddpm_lit.files import atomic_folder, printable, writable_folder, write_json
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, save_grid
+from ddpm_lit.latent_options import TrainAutoencoder, TrainLatent, default_autoencoder
 from ddpm_lit.loading import load_images
 from ddpm_lit.metrics import evaluate_samples
 from ddpm_lit.latent_options import TrainAutoencoder, TrainLatent, default_autoencoder
@@ -250,7 +251,8 @@ def one_line(text: object) -> str:
 def in_options(message: str, command: str) -> str:
     "Return a message that begins with the name of an argument with the option of `command` in its place."
     kind = COMMANDS.get(command, Demo)
-    names = {*kind.__dataclass_fields__, *(TrainConfig if kind in (TrainLatent, TrainAutoencoder) else Sampling).__dataclass_fields__}
+    settings = TrainConfig if kind in (TrainLatent, TrainAutoencoder) else Sampling
+    names = {*kind.__dataclass_fields__, *settings.__dataclass_fields__}
     options = {name: f"--{name.replace('_', '-')}" for name in names} | OTHER_NAMES
     return re.sub(r"^\w+(?= (?:must|is|are|returned)\b|=)", lambda name: options.get(name[0], name[0]), message)
 

@@ -100,7 +100,8 @@ class ImportanceBound(TermHistory):
 def make_objective(m, name: str) -> Callable:
     """Return the loss of this name, for `TrainConfig`; for a learned variance "simple" stands for "hybrid".
 
-    A model with an `objective` of its own brings it. Raises `ValueError` for another name, and for "hybrid" with a fixed variance.
+    A model with an `objective` of its own brings it. Raises `ValueError` for another name, and for "hybrid" with a
+    fixed variance.
     """
     if hasattr(m, "objective"):
         return m.objective(name)

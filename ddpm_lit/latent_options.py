@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/39b_latent_options.ipynb #db65f8ea
+# %% ../nbs/39b_latent_options.ipynb #0d9fb758
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class _AutoencoderOptions(Command):
     colour_weight: float = 0.0
     """weight of the error in differences of colours: for RGB"""
 
-# %% ../nbs/39b_latent_options.ipynb #83e6d809
+# %% ../nbs/39b_latent_options.ipynb #8446ae80
 @dataclass(frozen=True)
 class TrainAutoencoder(_AutoencoderOptions):
     "Train an autoencoder and write it into a folder, for `train --latent`; --resume continues a run."
@@ -110,7 +110,7 @@ class TrainAutoencoder(_AutoencoderOptions):
                 f"The autoencoder is in {out}. Try: ddpm_lit train --latent {out} --data {printable(self.data)}",
             )
 
-# %% ../nbs/39b_latent_options.ipynb #5d20f5bb
+# %% ../nbs/39b_latent_options.ipynb #4cf27f78
 AUTOENCODER_TRAINING = dict(steps=2000, batch_size=32, lr=2e-3, warmup=50, decay=True, ema=0.995, save_every=200)
 AUTOENCODER_TRAINING |= dict(out="runs/autoencoder")
 
@@ -130,13 +130,13 @@ def default_autoencoder(args: Sequence[str]) -> TrainAutoencoder:
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(saved)} cannot be read: {error}") from error
 
-# %% ../nbs/39b_latent_options.ipynb #0a68e4c5
+# %% ../nbs/39b_latent_options.ipynb #73d25f33
 @dataclass(frozen=True)
 class _LatentOptions(Train):
     "Options of `train` for latents."
 
     latent: Path | None = None
-    """folder of an autoencoder, as `train-autoencoder` writes it: train on its latents, cached in the folder of the run"""
+    """folder of an autoencoder, as `train-autoencoder` writes it: train on its latents, cached in the run's folder"""
     widths: tuple[int, ...] | None = None
     """with --latent: channels at each resolution, with attention in all of them; by default the preset's network"""
 

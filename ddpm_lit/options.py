@@ -127,7 +127,8 @@ def check_size(net: UNet, preset: str) -> None:
     "Raise `ValueError` unless the network can halve the size of its images as often as it does."
     factor, size = 2 ** (len(net.down_blocks) - 1), net.config["sample_size"]
     if size[0] % factor or size[1] % factor:
-        raise ValueError(f"size must be a multiple of {factor} for the preset {preset}; the images are {size[0]}×{size[1]}")
+        got = "×".join(map(str, size))
+        raise ValueError(f"size must be a multiple of {factor} for the preset {preset}; the images are {got}")
 
 # %% ../nbs/39_options.ipynb #21
 @dataclass(frozen=True)

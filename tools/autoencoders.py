@@ -1,4 +1,4 @@
-"""Train the autoencoders that ship with the package, and pack them into models/: `make models ARGS="emoji-autoencoder"`.
+"""Train the autoencoders that ship with the package and pack them into models/: `make models ARGS=emoji-autoencoder`.
 
 A run lies in build/models/NAME and resumes where it was stopped; see `tools/models.py` for what models/NAME holds.
 """
