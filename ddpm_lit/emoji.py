@@ -120,8 +120,8 @@ class EmojiAttributes:
     gender: Int64[Tensor, "n"]
 
 # %% ../nbs/14b_emoji.ipynb #17
-def emoji_attributes(captions: Images | Sequence[str]) -> EmojiAttributes:
-    """Return concept, skin tone and gender of each of the captions, or of the captions of images.
+def emoji_attributes(captions) -> EmojiAttributes:
+    """Return concept, skin tone and gender of each of `captions`, a sequence of texts or images that have captions.
 
     Tones: 0 none, 1 light, 2 medium light, 3 medium, 4 medium dark, 5 dark, 6 two that differ. Genders: 0 none,
     1 woman, 2 man, 3 both. Raises `ValueError` for images without captions.
@@ -174,4 +174,4 @@ def load_emoji(size: int = 32, split: str | None = None, progress: bool = False)
     if split == "train":
         held_out = {image.tobytes() for image in images.pixels[test].numpy()}
         test = ~torch.tensor([image.tobytes() in held_out for image in images.pixels.numpy()])
-    return images.select(test)
+    return images.select(test.nonzero()[:, 0])
