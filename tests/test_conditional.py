@@ -322,3 +322,25 @@ def test_the_network_compiles_without_a_graph_break():
     assert net.conv_in.weight.grad.abs().max() > 0
     net.eval()  # compiled, dropout draws other numbers
     torch.testing.assert_close(compiled(**given), net(**given), atol=1e-6, rtol=1e-6)
+
+
+def test_a_model_is_written_and_read_back_and_diffusers_opens_it(tmp_path, Theirs):
+    m, given = small_model(), inputs(SMALL | dict(in_channels=1))
+    m.save_pretrained(tmp_path / "m")
+    back = DDPM.from_pretrained(tmp_path / "m")
+    theirs = Theirs.from_pretrained(tmp_path / "m" / "unet").eval()
+    with torch.no_grad():
+        out = m.net(**given)
+        assert torch.equal(back.net(**given), out) and back.image_shape == (1, 8, 8)
+        torch.testing.assert_close(call(theirs, **given), out, atol=1e-5, rtol=1e-5)
+    assert type(back.net) is ConditionalUNet and back.net.config == m.net.config
+    theirs.save_pretrained(tmp_path / "theirs")
+    scheduler = pytest.importorskip("diffusers").DDPMScheduler(num_train_timesteps=20)
+    scheduler.save_pretrained(tmp_path / "theirs")
+    again = DDPM.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        assert torch.equal(again.net(**given), out)
+    filled = DDPM.from_pretrained(tmp_path / "m", net=ConditionalUNet(**m.net.config))
+    assert torch.equal(filled.net.conv_in.weight, m.net.conv_in.weight)
+    with pytest.raises(ValueError, match="net must have attention_head_dim=4 as"):
+        DDPM.from_pretrained(tmp_path / "m", net=ConditionalUNet(**m.net.config | dict(attention_head_dim=2)))
