@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ddpm_lit.conditional import ConditionalUNet
 from ddpm_lit.ddpm import DDPM, one_of
 from ddpm_lit.files import as_path, as_plain, atomic_folder, model_folder, read_json, write_json
 from ddpm_lit.forward import Schedule, linear_schedule, schedule_by_name
@@ -142,13 +143,17 @@ def check_fit(path: Path, tensors: dict[str, Tensor], net: nn.Module) -> None:
         raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(faults[:3])}{more}")
 
 
-def load_unet(folder: Path) -> UNet:
-    "Read the `UNet` of a folder with config.json and weights; `ValueError` names what is missing or does not fit."
+NETWORKS = {"UNet2DModel": UNet, "UNet2DConditionModel": ConditionalUNet}  # by diffusers' names
+
+
+def load_unet(folder: Path) -> UNet | ConditionalUNet:
+    "Read the network of a folder with config.json and weights; `ValueError` names what is missing or does not fit."
     config = read_json(folder / "config.json")
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"{folder / 'config.json'} must describe a UNet2DModel, got {config['_class_name']}")
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind not in NETWORKS:
+        raise ValueError(f"{folder / 'config.json'} must describe a {' or a '.join(NETWORKS)}, got {kind}")
     with torch.device("meta"):
-        net = UNet(**{name: value for name, value in config.items() if not name.startswith("_")})
+        net = NETWORKS[kind](**{name: value for name, value in config.items() if not name.startswith("_")})
     path, tensors = read_weights(folder)
     check_fit(path, tensors, net)
     net.load_state_dict(tensors, assign=True)
@@ -165,17 +170,18 @@ def json_config(net: nn.Module) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def unet_shapes(config: str) -> dict[str, torch.Size]:
-    "Return the shapes of the state of a `UNet` with the configuration in a JSON text."
+def unet_shapes(kind: type, config: str) -> dict[str, torch.Size]:
+    "Return the shapes of the state of a network of this `kind` with the configuration in a JSON text."
     with torch.device("meta"):
-        return {name: x.shape for name, x in UNet(**json.loads(config)).state_dict().items()}
+        return {name: x.shape for name, x in kind(**json.loads(config)).state_dict().items()}
 
 
 def is_plain_unet(net) -> bool:
-    "Return whether `net` is a `UNet` that its configuration can build again, layer by layer."
-    if type(net) is not UNet or json_config(net).keys() != net.config.keys():
+    "Return whether `net` is one of `NETWORKS` that its configuration can build again, layer by layer."
+    if type(net) not in NETWORKS.values() or json_config(net).keys() != net.config.keys():
         return False
-    return unet_shapes(json.dumps(json_config(net))) == {name: x.shape for name, x in net.state_dict().items()}
+    shapes = {name: x.shape for name, x in net.state_dict().items()}
+    return unet_shapes(type(net), json.dumps(json_config(net))) == shapes
 
 
 def check_state(net) -> None:
@@ -200,8 +206,9 @@ def model_files(m: DDPM) -> tuple[str, dict[str, dict]]:
         if m._shape is not None:
             config["sample_size"] = m._shape[1] if m._shape[1] == m._shape[2] else list(m._shape[1:])
         index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-        files = {"unet/config.json": {"_class_name": "UNet2DModel"} | config} | scheduler
-        return f"unet/{WEIGHTS}", files | {"model_index.json": index | {"unet": ["diffusers", "UNet2DModel"]}}
+        kind = next(name for name, network in NETWORKS.items() if type(m.net) is network)
+        files = {"unet/config.json": {"_class_name": kind} | config} | scheduler
+        return f"unet/{WEIGHTS}", files | {"model_index.json": index | {"unet": ["diffusers", kind]}}
     kind = type(m.net)
     rebuild = f"DDPM.from_pretrained(folder, net={kind.__qualname__}(...))"
     own = {"_class_name": f"{kind.__module__}.{kind.__qualname__}", "image_shape": m._shape, "rebuild": rebuild}
@@ -248,9 +255,9 @@ def check_config_of(net, config: dict, source, free=("dropout", "sample_size"), 
 
 
 def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
-    "Copy the weights of a `UNet` into `net`; a `UNet` must have its configuration."
+    "Copy the weights of a `UNet` or `ConditionalUNet` into `net`; one of these must have its configuration."
     unet = load_unet(folder)
-    if isinstance(net, UNet):
+    if isinstance(net, tuple(NETWORKS.values())):
         check_config_of(net, json_config(unet), folder)
     return _fill(net, folder, unet.state_dict())
 
