@@ -223,11 +223,11 @@ def load_images(
 ) -> Images | StoredImages:  # fmt: skip
     """Load images, in memory (`Images`) where they fit, else `StoredImages`; grey if all of them are, else RGB.
 
-    `source`: digits, mnist5k, emoji; a folder of images, whose sub-folders are classes, and whose captions are in
+    `source`: digits, mnist5k, emoji; a folder of images, whose sub-folders are classes and whose captions are in
     metadata.jsonl, metadata.csv or name.txt beside name.png; a .npy, .npz or .parquet file; a folder of parquet files;
-    mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub.
-    `size`: crop to the centre and resize to this height and width. `split`: the part of a Hub data set, or of a folder
-    that has several; by default train. `stream`: read tables row by row, without a copy on disk. `n`: only the first n
+    mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub. `size`: crop to the centre and
+    resize to this height and width. `split`: the part of a Hub data set, or of a folder that has several, by default
+    train; or of emoji, by default all. `stream`: read tables row by row, without a copy on disk. `n`: only the first n
     images. `max_broken`: images that may be broken and left out; by default one in a hundred, and at least 10.
     `memory`: bytes that the pixels may take; by default half of what is free. One warning counts all that is not read.
     Raises `ValueError` naming what is wrong.
@@ -244,7 +244,7 @@ def load_images(
     if clash:
         warnings.warn(clash, stacklevel=2)
     if known and text == "emoji":
-        return first_images(load_emoji(max(size or (32,)), split), size, n)
+        return first_images(load_emoji(max(size or (32,)), split, progress), size, n)
     if known and text in NAMED or path.suffix.lower() in (".npy", ".npz") and not os.path.isdir(path):
         check_split(path, split)
         return first_images(NAMED[text]() if known else load_array(path), size, n)

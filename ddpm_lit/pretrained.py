@@ -145,7 +145,7 @@ def check_fit(path: Path, tensors: dict[str, Tensor], net: nn.Module) -> None:
         raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(faults[:3])}{more}")
 
 
-NETWORKS = {"UNet2DModel": UNet, "UNet2DConditionModel": ConditionalUNet}
+NETWORKS = {"UNet2DModel": UNet, "UNet2DConditionModel": ConditionalUNet}  # by diffusers' names
 
 
 def load_unet(folder: Path) -> UNet | ConditionalUNet:
@@ -153,7 +153,7 @@ def load_unet(folder: Path) -> UNet | ConditionalUNet:
     config = read_json(folder / "config.json")
     kind = config.get("_class_name", "UNet2DModel")
     if kind not in NETWORKS:
-        raise ValueError(f"{folder / 'config.json'} must describe a {' or '.join(NETWORKS)}, got {kind}")
+        raise ValueError(f"{folder / 'config.json'} must describe a {' or a '.join(NETWORKS)}, got {kind}")
     with torch.device("meta"):
         net = NETWORKS[kind](**{name: value for name, value in config.items() if not name.startswith("_")})
     path, tensors = read_weights(folder)
@@ -182,8 +182,8 @@ def is_plain_unet(net) -> bool:
     "Return whether `net` is one of `NETWORKS` that its configuration can build again, layer by layer."
     if type(net) not in NETWORKS.values() or json_config(net).keys() != net.config.keys():
         return False
-    own = {name: x.shape for name, x in net.state_dict().items()}
-    return unet_shapes(type(net), json.dumps(json_config(net))) == own
+    shapes = {name: x.shape for name, x in net.state_dict().items()}
+    return unet_shapes(type(net), json.dumps(json_config(net))) == shapes
 
 
 def check_state(net) -> None:
@@ -207,10 +207,10 @@ def model_files(m: DDPM) -> tuple[str, dict[str, dict]]:
     if is_plain_unet(m.net):
         if m._shape is not None:
             config["sample_size"] = m._shape[1] if m._shape[1] == m._shape[2] else list(m._shape[1:])
-        kind, pipeline = ("UNet2DModel", "DDPMPipeline") if type(m.net) is UNet else ("UNet2DConditionModel", "DDPM")
-        index = {"_class_name": pipeline, "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", kind]}
+        index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
+        kind = next(name for name, network in NETWORKS.items() if type(m.net) is network)
         files = {"unet/config.json": {"_class_name": kind} | config} | scheduler
-        return f"unet/{WEIGHTS}", files | {"model_index.json": index}
+        return f"unet/{WEIGHTS}", files | {"model_index.json": index | {"unet": ["diffusers", kind]}}
     kind = type(m.net)
     rebuild = f"DDPM.from_pretrained(folder, net={kind.__qualname__}(...))"
     own = {"_class_name": f"{kind.__module__}.{kind.__qualname__}", "image_shape": m._shape, "rebuild": rebuild}
@@ -257,9 +257,9 @@ def check_config_of(net, config: dict, source, free=("dropout", "sample_size"), 
 
 
 def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
-    "Copy the weights of a `UNet` into `net`; a `UNet` must have its configuration."
+    "Copy the weights of a `UNet` or `ConditionalUNet` into `net`; one of these must have its configuration."
     unet = load_unet(folder)
-    if isinstance(net, UNet):
+    if isinstance(net, tuple(NETWORKS.values())):
         check_config_of(net, json_config(unet), folder)
     return _fill(net, folder, unet.state_dict())
 
@@ -375,7 +375,7 @@ def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
-# %% ../nbs/12_pretrained.ipynb #797fa020
+# %% ../nbs/12_pretrained.ipynb #17129d71
 class Trainable(nn.Module):
     "Base of a model other than `DDPM` that `Trainer` trains: a network with its own `objective(name)`; chapter 33."
 

@@ -463,7 +463,7 @@ def test_tensors_that_do_not_fit_are_named(saved, change, named):
         ("scheduler/scheduler_config.json", dict(beta_end=1.5), r"beta_T must lie in \(0, 1\), got 1.5"),
         ("unet/config.json", dict(act_fn="mish"), "act_fn='mish' is not implemented"),
         ("unet/config.json", dict(brand_new=1), "UNet has no keyword brand_new"),
-        ("unet/config.json", dict(_class_name="VQModel"), "UNet2DModel or UNet2DConditionModel, got VQModel"),
+        ("unet/config.json", dict(_class_name="UNet3DConditionModel"), "must describe a UNet2DModel or a UNet2DCondi"),
     ],
 )
 def test_a_field_that_is_not_implemented_is_named(saved, file, change, named):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 from beartype import BeartypeConf, beartype
 
@@ -167,6 +168,14 @@ def calls(d: Names, folder: Path) -> None:
             batches = d.ImageBatches(images, 8, flip=True, resident=resident, workers=0, process=(1, 2))
             next(iter(batches)), batches.batch(1), batches.describe(), images.read([1, 0]), len(images), repr(images)
             next(iter(d.ImageBatches(images, 8, resident=resident, workers=0, labels=True))), images.select([1, 0])
+
+    # 14b emoji, on four drawings
+    emoji, drawings = importlib.import_module("ddpm_lit.emoji"), d.named_drawings()[:4]
+    with (
+        mock.patch.object(emoji, "named_drawings", lambda: drawings),
+        mock.patch("torch.hub.get_dir", lambda: str(folder)),
+    ):
+        d.emoji_attributes(d.load_emoji(8, "train")), d.emoji_attributes(["a penguin"]), d.load_images("emoji", 8)
 
     # 10 files, 11 processes, 16 training
     config = dict(batch_size=4, out=str(folder / "run"), progress=False, objective="bound")
@@ -352,7 +361,10 @@ def folder_of_images(folder: Path, d, pixels) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     hf = d.import_datasets()
     features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["a", "b"]))
-    table = {"image": [Image.fromarray(array) for array in pixels], "label": [0, 1] * 3}
+    features["text"] = hf.Value("string")
+    table = {"image": [Image.fromarray(array) for array in pixels], "label": [0, 1] * 3, "text": list("abcdef")}
+    (root / "metadata.jsonl").write_text('{"file_name": "a/0.png", "text": "zero"}')
+    d.read_text(root / "metadata.jsonl")
     with d.quiet_datasets(False):
         hf.Dataset.from_dict(table, features).to_parquet(folder / "few.parquet")
     with warnings.catch_warnings():
