@@ -36,7 +36,6 @@ from ddpm_lit.images import Images, save_grid
 from ddpm_lit.latent_options import TrainAutoencoder, TrainLatent, default_autoencoder
 from ddpm_lit.loading import load_images
 from ddpm_lit.metrics import evaluate_samples
-from ddpm_lit.latent_options import TrainAutoencoder, TrainLatent, default_autoencoder
 from ddpm_lit.options import Command, Train, default_train, preset_config
 from ddpm_lit.pretrained import shipped_models
 from ddpm_lit.processes import StderrHandler, Stopped, environment, is_main_process, print_main

@@ -352,15 +352,16 @@ class EvaluationRun:
     def __init__(self, config):
         check_request(config)
         self.config, self.m, self.results = config, load_run(config.run_folder), {}
-        of_pixels = self.m.sample_shape == self.m.image_shape  # latents have no bits/dim
-        self.bpd, self.fd = (config.bpd, config.fd) if config.bpd or config.fd else (of_pixels, True)
+        both = self.m.sample_shape == self.m.image_shape, True  # latents have no bits/dim
+        self.bpd, self.fd = (config.bpd, config.fd) if config.bpd or config.fd else both
         self.request = sampling_request(config.sampling, self.m, config.run_folder, config.n, config.batch_size)
         self.out = config.out or config.run_folder / "evaluation.json"
         self.folder, self.kwargs = self.out.with_suffix(""), dict(progress=config.sampling.progress)
         if config.bpd_calls is not None and not 2 <= config.bpd_calls <= self.m.s.T:
             raise ValueError(f"bpd_calls must be from 2 to T = {self.m.s.T}, got {config.bpd_calls}")
         if self.out.is_dir() or self.folder.is_file():
-            raise ValueError(f"out must be another file: {self.out if self.out.is_dir() else self.folder} is in the way")
+            blocked = self.out if self.out.is_dir() else self.folder
+            raise ValueError(f"out must be another file: {blocked} is in the way")
         known = config.reference is not None and config.reference.exists()
         needed = self.bpd or not known or config.features == "classifier" or class_condition(self.m.net, torch.zeros(1))
         self.images = read_images(config, self.m) if needed else None
