@@ -92,11 +92,14 @@ _MOVED = {
         prediction_weights=prediction_coefficients replayed_step sample_steps start=initial_noise step_table
         strided=strided_schedule time_steps walk=sample_steps
     """,
+    "neighbours": """
+        neighbour_distance=kth_neighbour_distance share_within=fraction_within
+    """,
     "metrics": """
         INCEPTION INCEPTION_SHA256 MOST=MAX_RECORDED Noting=RecordingFeatures Reference RunningStatistics
         Statistics=FeatureStatistics feature_statistics features_of=extract_features
-        neighbour_distance=kth_neighbour_distance noise_statistics reference_of=make_reference root=matrix_sqrt
-        share_within=fraction_within statistics_of=image_statistics
+        noise_statistics reference_of=make_reference root=matrix_sqrt
+        statistics_of=image_statistics
     """,
     "evaluation": """
         BitsPerDim Evaluation=EvaluationRun RateDistortion asked_times=sample_terms bound_sums check_request

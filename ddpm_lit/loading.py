@@ -20,7 +20,6 @@ from einops import repeat
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-# %% ../nbs/15_loading.ipynb #9
 from ddpm_lit.captions import column_captions
 from ddpm_lit.decoding import (
     BrokenImages,
@@ -34,6 +33,8 @@ from ddpm_lit.decoding import (
     to_planes,
 )
 from ddpm_lit.emoji import load_emoji
+
+# %% ../nbs/15_loading.ipynb #9
 from ddpm_lit.files import as_path, digest, printable
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import (
@@ -108,15 +109,14 @@ def decode_all(
 
 # %% ../nbs/15_loading.ipynb #16
 class StoredImages:
-    """Images that stay encoded in their `source`, and are decoded to `shape`, (c, h, w), when they are read.
-
-    One that cannot be used is replaced by the next that can, with a warning; ValueError beyond `broken.limit` of them.
+    """Images that stay encoded in their `source` and are decoded to `shape`, (c, h, w), when they are read; one that
+    cannot be used is replaced by the next that can, with a warning; `ValueError` beyond `broken.limit` of them.
     """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages):
         self.source, self.shape, self.size = source, shape, size
-        self.name, self.labels, self.classes = source.name, source.labels, source.classes
-        self.captions = source.captions
+        self.name, self.classes = source.name, source.classes
+        self.labels, self.captions = source.labels, source.captions
         self.broken = replace(broken, limit=min(broken.limit, len(source) - 1))  # the record stays the same dict
 
     def __len__(self) -> int:
@@ -391,14 +391,13 @@ def read_ahead(batches: "ImageBatches") -> Iterator:
 
 # %% ../nbs/15_loading.ipynb #39
 class ImageBatches(BatchOrder, BatchMaker):
-    """An endless stream of batches x (batch_size, c, h, w) in [-1, 1] on `device`; with `labels`, of pairs (x, y); with
-    `captions`, of (x, texts) or (x, y, texts).
+    """An endless stream of batches x (batch_size, c, h, w) in [-1, 1] on `device`; of (x, y) or (x, texts).
 
     Each epoch has its own order, fixed by `seed`; `flip` mirrors half of the images left to right. From entry `start`
     on, the stream is cut into pieces of batch_size times processes; `process`, (rank, processes), takes its part.
     The pixels live on the device if they fit (`resident` decides otherwise), or are read by so many `workers` (0: by
-    this process, as well if they fail): the same batches, bit for bit. y is int64 (b,), or None without labels; `texts`
-    is a list of b captions, or None without captions.
+    this process, as well if they fail): the same batches, bit for bit. With `labels` there is y, int64 (b,), and with
+    `captions` texts, a list of b; None where the images have none.
     """
 
     def __init__(

@@ -295,7 +295,7 @@ def image_statistics(features: Callable, images, batch_size: int = 500, progress
         joined.join(n, mean.cpu(), scatter.cpu())
     return joined.result()
 
-# %% ../nbs/18_metrics.ipynb #64
+# %% ../nbs/18_metrics.ipynb #58
 def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10) -> tuple[float, float]:
     """Return the Inception Score of images from their class probabilities: mean and std over `splits` parts.
 
@@ -312,7 +312,7 @@ def inception_score(probabilities: Float[Tensor, "n classes"], splits: int = 10)
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
 
-# %% ../nbs/18_metrics.ipynb #72
+# %% ../nbs/18_metrics.ipynb #66
 MAX_RECORDED = 10_000
 
 
@@ -336,7 +336,7 @@ class RecordingFeatures:
             self.probabilities.append(self.features.probabilities(rows).cpu())
         return rows
 
-# %% ../nbs/18_metrics.ipynb #76
+# %% ../nbs/18_metrics.ipynb #70
 class Reference(NamedTuple):
     "Statistics of the real images and of the `scale`, and recorded features: samples are compared with these."
 
@@ -368,7 +368,7 @@ def make_reference(
     scale["noise"] = noise_statistics(features, images.shape, n, seed, batch_size)
     return Reference(statistics, scale, gather_in_order(recording.recorded), seed)
 
-# %% ../nbs/18_metrics.ipynb #78
+# %% ../nbs/18_metrics.ipynb #72
 def neighbour_scores(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], seed: int) -> dict[str, object]:
     "Return the scores of chapter 17b, which compare every sample with every real image."
     size = min(1000, len(samples), len(real))
@@ -407,7 +407,7 @@ def compare_samples(
         result |= dict(inception_score=score, inception_score_std=std)
     return result
 
-# %% ../nbs/18_metrics.ipynb #81
+# %% ../nbs/18_metrics.ipynb #75
 def classifier_obstacle(images: Images | StoredImages) -> str | None:
     "Return the requirement of `ClassifierFeatures` that `images` do not meet, or None."
     if isinstance(images, StoredImages):
@@ -416,7 +416,7 @@ def classifier_obstacle(images: Images | StoredImages) -> str | None:
         return "have labels" if images.labels is None else "be at least 1,000 images"
     return label_obstacle(images.labels, 500)
 
-# %% ../nbs/18_metrics.ipynb #82
+# %% ../nbs/18_metrics.ipynb #76
 def evaluate_samples(
     pixels: UInt8[Tensor, "n c h w"] | Images | StoredImages, images: UInt8[Tensor, "m c h w"] | Images | StoredImages,
     *, features: Callable | None = None, n_reference: int | None = None, seed: int = 0, batch_size: int = 500,

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     checks gaussian forward posterior ddpm bound objective exact
     layers unet conditional files processes claims pretrained images decoding captions sources emoji loading trainer sampler
-    neighbours metrics evaluation improved solvers guidance autoencoder latent options latent_options drawing cli
+    neighbours metrics evaluation improved solvers guidance options drawing cli
 """.split()
 MODULES = {name: (ROOT / "ddpm_lit" / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
 CHAPTERS = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
@@ -67,10 +67,9 @@ def test_imports_point_up(name):
 
 
 AHEAD = {"ddpm": {"sampler", "pretrained"}, "trainer": {"improved"}, "sampler": {"solvers"}}
-AHEAD |= {"pretrained": {"latent"}}
 
 
-def test_four_modules_look_ahead_and_say_where():
+def test_three_modules_look_ahead_and_say_where():
     ahead = {name: set(re.findall(r'import_module\("ddpm_lit\.(\w+)"\)', MODULES[name])) for name in ORDER}
     assert {name: found for name, found in ahead.items() if found} == AHEAD
 
@@ -82,7 +81,7 @@ OWNERS = {
     r"\bos\.fsync\b": {"files"},
     r"\bos\.replace\b|\.replace\(path\)": {"files"},
     r"\bPartialState\b": {"processes"},
-    r"\btorch\.autocast\b": {"processes"},
+    r"\btorch\.autocast\b": {"processes", "conditional"},
     r"\bmax_memory_allocated\b|\bgetrusage\b": {"processes"},
 }
 
@@ -112,7 +111,7 @@ def public() -> dict[str, str]:
 
 
 def test_public_names_are_few():
-    assert len(public()) <= 70
+    assert len(public()) <= 90
     assert sorted(public()) == ddpm_lit.__all__ == sorted(set(ddpm_lit.__all__))
 
 
