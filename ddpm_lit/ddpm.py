@@ -133,6 +133,11 @@ class _Network(nn.Module):
 class _Complete(_Network):
     "A network whose `state_dict` says which model it belongs to."
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        "Shape of what a sampler draws: that of an image, but for `LatentDDPM`."
+        return self.image_shape
+
     def get_extra_state(self) -> UInt8[Tensor, "n"]:
         "Return the settings, for `state_dict`: JSON in bytes."
         words = dict(predicts=self.predicts, variance=self.variance, clip=self.clip, image_shape=self._shape)
@@ -186,6 +191,14 @@ class _Denoiser(_Complete):
         "Return the right prediction where the clean image is `x0`."
         return PREDICTS[self.predicts][1](self.s, x_t, t, x0)
 
+    def decode(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        "Return the images that samples `x` stand for: `x` itself, but for `LatentDDPM`."
+        return x
+
+    def around(self, net: Callable) -> "DDPM":
+        "Return the model to train around `net`, which the trainer has prepared."
+        return DDPM(net, self.s, self.predicts, self.variance)
+
     def with_net(self, net: Callable):
         "Return the same model around another network."
         other = type(self)(net, self.s, self.predicts, self.variance, self.clip)
@@ -213,15 +226,6 @@ class DDPM(_Denoiser):
     def p_step(self, x_t: Float[Tensor, "b ..."], t: int | Int[Tensor, "..."], clip: bool | None = None, **cond):
         "Return p_theta(x_{t-1} | x_t, cond), a `Gaussian`; `clip` as in `x0_hat`."
         return self.reverse(x_t, t, clip, **cond)[0]
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        "Shape of what a sampler draws: that of an image, but for `LatentDDPM`."
-        return self.image_shape
-
-    def decode(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        "Return the images that samples `x` stand for: `x` itself, but for `LatentDDPM`."
-        return x
 
     # The only looks ahead: chapters 12 and 17 know file formats and samplers.
     def sample(self, n: int, steps: int | None = None, sampler: str = "ddim", **options) -> UInt8[Tensor, "n c h w"]:

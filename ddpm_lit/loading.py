@@ -428,5 +428,4 @@ class ImageBatches(BatchOrder, BatchMaker):
         n, (c, h, w) = self.n, self.images.shape
         readers = f"{self.workers} workers" if self.workers else "this process"
         where = f"resident on {self.device}" if self.resident else f"read by {readers}: {self.why}"
-        kind = {1: "grey", 3: "RGB"}.get(c, f"{c} channels")
-        return f"{n:,} images of {h}×{w}, {kind}: {format_bytes(n * c * h * w)}, {where}"
+        return f"{n:,} images of {h}×{w}, {'grey' if c == 1 else 'RGB'}: {format_bytes(n * c * h * w)}, {where}"

@@ -114,6 +114,7 @@ class _RunAndImages(Command):
     """height and width: images are cropped to a square and resized; by default they keep their size"""
     stream: bool = False
     """stream a data set of the Hub instead of copying it to the disk first"""
+    load = staticmethod(load_images_once)  # `latent_options` loads latents
 
 # %% ../nbs/39_options.ipynb #19
 def count_classes(images: Images | StoredImages) -> int:
@@ -184,8 +185,6 @@ def check_resumable(config: TrainConfig) -> None:
 class Train(_Model):
     "Train a model and write it into a folder, from which `sample` and `evaluate` read it; --resume continues a run."
 
-    load = staticmethod(load_images_once)
-
     def work(self) -> None:
         config = self.training.checked()
         if self.classes and config.drop_labels == 0:
@@ -201,7 +200,8 @@ class Train(_Model):
             options = asdict(replace(self, data=full_path(self.data)))
             write_json(Path(config.out) / "train.json", options | dict(class_names=images.classes))
         losses = trainer.fit()
-        skipped, out = f", {n} skipped" if (n := trainer.log.skipped) else "", printable(config.out)
+        skipped = f", {trainer.log.skipped} skipped" if trainer.log.skipped else ""
+        out = printable(config.out)
         print_main(
             f"{printable(repr(images))}: {config.steps} steps{skipped}, loss {losses[-50:].nanmean():z.4f}",
             f"The model is in {out}. Try: ddpm_lit sample {shlex.quote(out)} -n 64 --out samples.png",

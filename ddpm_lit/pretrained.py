@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -375,7 +376,7 @@ def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
-# %% ../nbs/12_pretrained.ipynb #e4df839c
+# %% ../nbs/12_pretrained.ipynb #3994f89f
 class Trainable(nn.Module):
     "Base of a model other than `DDPM` that `Trainer` trains: a network with its own `objective(name)`; chapter 33."
 
@@ -387,6 +388,15 @@ class Trainable(nn.Module):
     def with_net(self, net: nn.Module) -> nn.Module:
         "Return the model around another network: that network."
         return net
+
+    def around(self, net: nn.Module) -> Callable:
+        "Return what calls `net`, as the trainer has prepared it, and holds it as `net`, as a `DDPM` does."
+
+        def model(*args):
+            return net(*args)
+
+        model.net = net
+        return model
 
 
 Model = DDPM | Trainable

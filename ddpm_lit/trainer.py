@@ -376,7 +376,7 @@ class _Run(_TrainingState):
             undo.pop_all()
         logger.info("%s; processes: %d; from step %d on", self.batches.describe(), self.process[1], self.step)
 
-    def gradient(self, model: nn.Module, batches: Iterator) -> Float[Tensor, ""]:
+    def gradient(self, model: Callable, batches: Iterator) -> Float[Tensor, ""]:
         "Accumulate the gradient over the batches of a step; return the mean loss over them and over all processes."
         c, total = self.config, 0.0
         for i in range(c.accumulate):
@@ -387,8 +387,7 @@ class _Run(_TrainingState):
                 null = self.net.config["num_class_embeds"] - 1
                 labels = drop_labels(labels, null, c.drop_labels, self.noise, self.process)
             cond = class_condition(self.net, labels)
-            net, last = getattr(model, "net", model), i == c.accumulate - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(net):
+            with self.accelerator.no_sync(model.net) if i < c.accumulate - 1 else contextlib.nullcontext():
                 loss = self.objective(model, x0, self.noise, self.process, cond) / c.accumulate
                 self.accelerator.backward(loss)
             total = total + loss.detach()
@@ -411,7 +410,7 @@ class Trainer(_Run):
         context = processes.run_context(a, self.borrowed, asdict(c) if c.track == "wandb" else None, self.step)
         with self.claim, bar, error_advice(c, self.checkpoints), context as caught:
             net, optimizer = a.prepare(torch.compile(self.net) if c.compile else self.net, self.optimizer)
-            model = DDPM(net, self.m.s, self.m.predicts, self.m.variance) if isinstance(self.m, DDPM) else net
+            model = self.m.around(net)
             optimizer.zero_grad()  # what an interrupted step, or the caller, left there
             while self.step < c.steps:
                 # 1. the gradient of the loss of a batch, with a random t and new noise for each image
