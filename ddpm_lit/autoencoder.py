@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AutoencoderLoss', 'Autoencoder']
 
-# %% ../nbs/33_autoencoder.ipynb #c8796065
+# %% ../nbs/33_autoencoder.ipynb #12
 import copy
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class PlainBlock(nn.Module):
         h = self.conv1(silu(self.norm1(x)))
         return self.conv2(silu(self.norm2(h))).add_(self.conv_shortcut(x))
 
-# %% ../nbs/33_autoencoder.ipynb #45709130
+# %% ../nbs/33_autoencoder.ipynb #15
 class _Level(nn.Module):
     "Residual blocks, then what changes the size, if anything: under the name `downsamplers` or `upsamplers`."
 
@@ -68,7 +68,7 @@ class _Middle(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
-# %% ../nbs/33_autoencoder.ipynb #3b9a3b2f
+# %% ../nbs/33_autoencoder.ipynb #16
 class _Encoder(nn.Module):
     "From an image to the numbers of a latent Gaussian: levels fine to coarse, then the coarsest."
 
@@ -109,7 +109,7 @@ class _Decoder(nn.Module):
             x = level(x)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
-# %% ../nbs/33_autoencoder.ipynb #8a24850c
+# %% ../nbs/33_autoencoder.ipynb #19
 AUTOENCODER_DEFAULTS = dict(in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"])
 AUTOENCODER_DEFAULTS |= dict(up_block_types=["UpDecoderBlock2D"], block_out_channels=[64], layers_per_block=1)
 AUTOENCODER_DEFAULTS |= dict(act_fn="silu", latent_channels=4, norm_num_groups=32, sample_size=32)
@@ -140,7 +140,7 @@ def complete_config(config: dict) -> dict:
             raise ValueError(f"block_out_channels must be divisible by norm_num_groups={groups}, got {width}")
     return c
 
-# %% ../nbs/33_autoencoder.ipynb #e0fe5105
+# %% ../nbs/33_autoencoder.ipynb #22
 class _AutoencoderLayers(Trainable):
     "The layers of `Autoencoder`, built from its configuration, and what it checks."
 
@@ -169,7 +169,7 @@ class _AutoencoderLayers(Trainable):
         self.check_images(torch.empty(1, *shape, device="meta"))
         return self.config["latent_channels"], shape[1] // self.factor, shape[2] // self.factor
 
-# %% ../nbs/33_autoencoder.ipynb #2c6aaad8
+# %% ../nbs/33_autoencoder.ipynb #23
 class _Coder(_AutoencoderLayers):
     "Encoder and decoder, and the latents between them."
 
@@ -198,7 +198,7 @@ class _Coder(_AutoencoderLayers):
         "Return the latents for `decode` from those of a diffusion model: the inverse of `scale`."
         return z / self.config["scaling_factor"] + (self.config["shift_factor"] or 0)
 
-# %% ../nbs/33_autoencoder.ipynb #ecbd1b9a
+# %% ../nbs/33_autoencoder.ipynb #28
 @dataclass(frozen=True)
 class AutoencoderLoss:
     """The loss of an autoencoder, in units of one pixel value: absolute and squared error, KL, and what has a weight.
@@ -227,7 +227,7 @@ class AutoencoderLoss:
             terms["features"] = self.feature_weight * gap.square().mean()
         return terms
 
-# %% ../nbs/33_autoencoder.ipynb #65e00b1f
+# %% ../nbs/33_autoencoder.ipynb #29
 def colour_differences(x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2 h w"]:
     "Return R - G and (R + G) / 2 - B of RGB images; `ValueError` for others."
     if x.shape[1] != 3:
@@ -252,7 +252,7 @@ def reconstruction_error(pixels: UInt8[Tensor, "n c h w"], other: UInt8[Tensor, 
         result["red_green"] = colour_differences(error)[:, 0].square().mean().sqrt().item()
     return result
 
-# %% ../nbs/33_autoencoder.ipynb #454d2117
+# %% ../nbs/33_autoencoder.ipynb #32
 class Autoencoder(_Coder):
     """An autoencoder with Gaussian latents: `encode(x)` is q(z | x), `decode(z)` an image; `loss` is what it trains by.
 
@@ -283,7 +283,7 @@ class Autoencoder(_Coder):
         "Read a model from a folder that `save_pretrained`, a training run or diffusers wrote; see `load_autoencoder`."
         return load_autoencoder(folder)
 
-# %% ../nbs/33_autoencoder.ipynb #98a1e604
+# %% ../nbs/33_autoencoder.ipynb #34
 def save_autoencoder(ae: Autoencoder, folder) -> None:
     "Write config.json, the weights and model_index.json (last) into `folder`; other files there stay."
     from safetensors.torch import save_file

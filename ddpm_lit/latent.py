@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentDDPM']
 
-# %% ../nbs/33b_latent.ipynb #60e87be0
+# %% ../nbs/33b_latent.ipynb #13
 import copy
 import shutil
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from ddpm_lit.objective import simple_loss
 from ddpm_lit.pretrained import read_tensors, save_ddpm
 from ddpm_lit.processes import progress_bar
 
-# %% ../nbs/33b_latent.ipynb #56cafce8
+# %% ../nbs/33b_latent.ipynb #14
 @dataclass(frozen=True, eq=False)
 class Latents(Images):
     "Latents of images in memory, as a diffusion model reads them, in place of `pixels`; and what decodes them."
@@ -60,7 +60,7 @@ class Latents(Images):
     def __repr__(self):
         return f"Latents({self.name}: {len(self)} of {'×'.join(map(str, self.shape))})"
 
-# %% ../nbs/33b_latent.ipynb #a9734c51
+# %% ../nbs/33b_latent.ipynb #16
 @torch.no_grad()
 def encode_images(
     ae: Autoencoder, images: Images | StoredImages, generator: torch.Generator | None = None, progress: bool = False
@@ -96,7 +96,7 @@ def standardised(ae: Autoencoder, mean: Float[Tensor, "c"], std: Float[Tensor, "
     before.bias[z:] -= 2 * std.log()
     return ae
 
-# %% ../nbs/33b_latent.ipynb #78b96cd9
+# %% ../nbs/33b_latent.ipynb #19
 def latents_of(images: Images | StoredImages, z: Float[Tensor, "n c h w"], ae: Autoencoder) -> Latents:
     "Return `z`, scaled as `ae` says, with the labels, captions and names of `images`."
     words = {name: getattr(images, name) for name in ("labels", "name", "classes", "captions") if hasattr(images, name)}
@@ -113,7 +113,7 @@ def standard_latents(ae: Autoencoder, images: Images | StoredImages, seed: int =
     z = (z - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     return latents_of(images, z, standardised(ae, mean, std))
 
-# %% ../nbs/33b_latent.ipynb #414ac544
+# %% ../nbs/33b_latent.ipynb #20
 def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progress: bool = False) -> Latents:
     """Return `standard_latents`, from `folder` where they are cached there for these images, weights and seed.
 
@@ -135,7 +135,7 @@ def cached_latents(ae: Autoencoder, images, folder: Path, seed: int = 0, progres
         atomic_folder(folder, write)
     return latents_of(images, read_tensors(folder / "latents.safetensors")["latents"], load_autoencoder(folder))
 
-# %% ../nbs/33b_latent.ipynb #5c5b87bb
+# %% ../nbs/33b_latent.ipynb #23
 class _LatentModel(DDPM):
     "A `DDPM` with an `autoencoder`, and the shapes of latents and of images."
 
@@ -173,7 +173,7 @@ class _LatentModel(DDPM):
             raise ValueError(f"m is a model of latents, {own}, and has no bits/dim of images; got {got}")
         return super().forward(x_t, t, **cond)
 
-# %% ../nbs/33b_latent.ipynb #a503e6e8
+# %% ../nbs/33b_latent.ipynb #24
 class LatentDDPM(_LatentModel):
     """A `DDPM` whose images are latents of an `autoencoder`: samplers draw latents, `sample` decodes them.
 
@@ -211,7 +211,7 @@ class LatentDDPM(_LatentModel):
         "Write all parts into a folder that diffusers opens as a pipeline, if the network is one that it knows."
         save_latent(self, folder)
 
-# %% ../nbs/33b_latent.ipynb #92b02b66
+# %% ../nbs/33b_latent.ipynb #27
 def pipeline_index(m: LatentDDPM, index: dict) -> tuple[str, dict]:
     "Return the folder of the autoencoder and the model_index.json of a pipeline that diffusers opens, if it can."
     kind = index.get("unet", [None, None])[1]
@@ -225,7 +225,7 @@ def pipeline_index(m: LatentDDPM, index: dict) -> tuple[str, dict]:
     index |= {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     return "vae", index | none | {"requires_safety_checker": False}
 
-# %% ../nbs/33b_latent.ipynb #d4f31320
+# %% ../nbs/33b_latent.ipynb #28
 def save_latent(m: LatentDDPM, folder) -> None:
     "Write what `save_ddpm` writes of the network, the autoencoder, the text encoder, and the index of a pipeline."
     plain = DDPM(m.net, m.s, m.predicts, m.variance, m.clip)
@@ -254,7 +254,7 @@ def add_autoencoder(m: DDPM, folder: Path) -> DDPM:
     m.text_encoder = PromptEncoder(folder) if (folder / "text_encoder" / "config.json").is_file() else None
     return LatentDDPM(m, load_autoencoder(folder)).eval()
 
-# %% ../nbs/33b_latent.ipynb #44fa8760
+# %% ../nbs/33b_latent.ipynb #31
 class PromptEncoder:
     """The frozen text encoder of a pipeline's `folder`: called with texts, it returns their tokens, (b, tokens, width).
 

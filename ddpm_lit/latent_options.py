@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/39b_latent_options.ipynb #8eed9dd7
+# %% ../nbs/39b_latent_options.ipynb #4
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from ddpm_lit.processes import is_main_process, print_main, this_process
 from ddpm_lit.trainer import Trainer
 from ddpm_lit.unet import UNet
 
-# %% ../nbs/39b_latent_options.ipynb #a99d768d
+# %% ../nbs/39b_latent_options.ipynb #5
 @dataclass(frozen=True)
 class _AutoencoderOptions(Command):
     "Options of `train-autoencoder`: the run, the images, the network and its loss."
@@ -63,7 +63,7 @@ class _AutoencoderOptions(Command):
     colour_weight: float = 0.0
     """weight of the error in differences of colours: for RGB"""
 
-# %% ../nbs/39b_latent_options.ipynb #d257decd
+# %% ../nbs/39b_latent_options.ipynb #7
 class _AutoencoderRun(_AutoencoderOptions):
     "Make of the options a network, and images to train on and to measure."
 
@@ -88,7 +88,7 @@ class _AutoencoderRun(_AutoencoderOptions):
         i = torch.arange(len(images))
         return images.select(i[i % k != 0]), images.select(i[i % k == 0])
 
-# %% ../nbs/39b_latent_options.ipynb #a5172390
+# %% ../nbs/39b_latent_options.ipynb #8
 @dataclass(frozen=True)
 class TrainAutoencoder(_AutoencoderRun):
     "Train an autoencoder and write it into a folder, for `train --latent`; --resume continues a run."
@@ -114,7 +114,7 @@ class TrainAutoencoder(_AutoencoderRun):
                 f"The autoencoder is in {out}. Try: ddpm_lit train --latent {out} --data {printable(self.data)}",
             )
 
-# %% ../nbs/39b_latent_options.ipynb #762afead
+# %% ../nbs/39b_latent_options.ipynb #11
 AUTOENCODER_TRAINING = dict(steps=2000, batch_size=32, lr=2e-3, warmup=50, decay=True, ema=0.995, save_every=200)
 AUTOENCODER_TRAINING |= dict(out="runs/autoencoder")
 
@@ -134,7 +134,7 @@ def default_autoencoder(args: Sequence[str]) -> TrainAutoencoder:
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(saved)} cannot be read: {error}") from error
 
-# %% ../nbs/39b_latent_options.ipynb #f7bbebcb
+# %% ../nbs/39b_latent_options.ipynb #14
 @dataclass(frozen=True)
 class _LatentOptions(Train):
     "Options of `train` for latents."
@@ -150,7 +150,7 @@ class _LatentOptions(Train):
         if self.widths is not None:
             object.__setattr__(self, "widths", tuple(self.widths))
 
-# %% ../nbs/39b_latent_options.ipynb #38c3ca29
+# %% ../nbs/39b_latent_options.ipynb #15
 class TrainLatent(_LatentOptions):
     "Train a model and write it into a folder, from which `sample` and `evaluate` read it; --resume continues a run."
 
