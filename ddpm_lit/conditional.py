@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConditionalUNet']
 
-# %% ../nbs/09b_conditional.ipynb #536b5d9e
+# %% ../nbs/09b_conditional.ipynb #3
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from ddpm_lit.forward import as_integer
 from ddpm_lit.layers import GroupNorm, scaled_attention, zero_init
 from ddpm_lit.unet import PROJECTION, _Network, at_level, check_keywords, check_numbers, embed_conditions
 
-# %% ../nbs/09b_conditional.ipynb #38da521b
+# %% ../nbs/09b_conditional.ipynb #9
 class CrossAttention(nn.Module):
     """Attention of every row of x to every row of `context`, or of x itself without one, with `heads` heads.
 
@@ -51,12 +51,12 @@ class CrossAttention(nn.Module):
             wide = (y if y is None else y.float() for y in (q, k, v, bias))
             return scaled_attention(*wide).to(v.dtype)
 
-# %% ../nbs/09b_conditional.ipynb #7dfd341f
+# %% ../nbs/09b_conditional.ipynb #14
 def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "b 1 1 tokens"] | None:
     "Return what to add to the scores of tokens: 0 where `mask` is 1 or True, -10000 where it is 0 or False."
     return None if mask is None else (1 - mask.to(dtype))[:, None, None] * -10000.0
 
-# %% ../nbs/09b_conditional.ipynb #59082eb1
+# %% ../nbs/09b_conditional.ipynb #19
 class GEGLU(nn.Module):
     "Two linear maps to `width` channels, as one matrix `proj`: the first times the gelu of the second, its gate."
 
@@ -81,7 +81,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         return self.net[2](self.net[0](x))
 
-# %% ../nbs/09b_conditional.ipynb #90fe71e6
+# %% ../nbs/09b_conditional.ipynb #22
 class TransformerBlock(nn.Module):
     """Add to x self-attention, then cross-attention to `context`, then a feed-forward layer, each of a layer norm.
 
@@ -101,7 +101,7 @@ class TransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), context, bias)
         return x + self.ff(self.norm3(x))
 
-# %% ../nbs/09b_conditional.ipynb #d5d4f130
+# %% ../nbs/09b_conditional.ipynb #25
 class SpatialTransformer(nn.Module):
     """Add to x what `depth` transformer blocks make of its pixels, after a group norm and between two linear maps.
 
@@ -133,7 +133,7 @@ class SpatialTransformer(nn.Module):
         "Apply a linear layer or a 1×1 convolution to rows."
         return F.linear(h, layer.weight.flatten(1), layer.bias)
 
-# %% ../nbs/09b_conditional.ipynb #f7ffe289
+# %% ../nbs/09b_conditional.ipynb #28
 CONDITIONAL_DEFAULTS = dict(
     sample_size=None, in_channels=4, out_channels=4, center_input_sample=False, flip_sin_to_cos=True, freq_shift=0,
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
@@ -161,7 +161,7 @@ PER_LEVEL = ("layers_per_block", "attention_head_dim", "transformer_layers_per_b
 FREE = ("sample_size", "in_channels", "out_channels", "flip_sin_to_cos", "freq_shift", "block_out_channels", "dropout")
 FREE += ("norm_num_groups", "norm_eps", "cross_attention_dim", "time_embedding_dim", "num_class_embeds", PROJECTION)
 
-# %% ../nbs/09b_conditional.ipynb #0b738247
+# %% ../nbs/09b_conditional.ipynb #29
 def check_levels(config: dict) -> None:
     "Raise `ValueError`, naming the keyword, where one of `PER_LEVEL` is no value, nor a list of one for each level."
     levels = len(config["block_out_channels"])
@@ -191,7 +191,7 @@ def check_conditional(config: dict) -> None:
     if config["class_embed_type"] == "projection":
         as_integer(PROJECTION, config[PROJECTION], least=1)
 
-# %% ../nbs/09b_conditional.ipynb #4254e53c
+# %% ../nbs/09b_conditional.ipynb #32
 def check_context(x: Tensor, states: Tensor | None, mask: Tensor | None, width: int) -> None:
     "Raise `ValueError` unless `states` are tokens of `width` numbers for the images `x`, and `mask` fits them."
     if not torch.is_tensor(states) or not states.is_floating_point():
@@ -221,7 +221,7 @@ def build_cross_attention(config: dict, kind: str, level: int) -> nn.Module:
     kwargs = dict(groups=config["norm_num_groups"], depth=depth, linear=linear, only_cross=only_cross, upcast=upcast)
     return SpatialTransformer(**size, **kwargs)
 
-# %% ../nbs/09b_conditional.ipynb #3db9943c
+# %% ../nbs/09b_conditional.ipynb #33
 class ConditionalUNet(_Network):
     """The network of latent diffusion: `net(x_t, t, encoder_hidden_states=tokens)`, tokens (b, any number, width).
 
