@@ -43,13 +43,11 @@ class CrossAttention(nn.Module):
         return self.to_out[0](rearrange(self.attend(q, k, v, bias), "b h n d -> b n (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Float[Tensor, "b h n d"]:
-        "Return `scaled_attention`, in float32 where `upcast` asks for it; autocast would undo that."
+        "Return `scaled_attention`, of half-precision inputs in float32 where `upcast` asks for it."
         bias = bias if bias is None else bias.to(q.dtype)
         if not self.upcast or q.dtype not in (torch.float16, torch.bfloat16):
             return scaled_attention(q, k, v, bias)
-        with torch.autocast(q.device.type, enabled=False):
-            wide = (y if y is None else y.float() for y in (q, k, v, bias))
-            return scaled_attention(*wide).to(v.dtype)
+        return scaled_attention(*(y if y is None else y.float() for y in (q, k, v, bias))).to(v.dtype)
 
 # %% ../nbs/09b_conditional.ipynb #14
 def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "b 1 1 tokens"] | None:
