@@ -244,6 +244,6 @@ def upsample_conv(x: Float[Tensor, "b c h w"], conv: nn.Conv2d) -> Float[Tensor,
     return conv(nearest_2x(x))
 
 # %% ../nbs/08_layers.ipynb #63
-def run_block(block: Callable, *inputs: Tensor, gradient_checkpointing: bool = False) -> Tensor:
+def run_block(block: Callable, *inputs: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
     "Return `block(*inputs)`; with `gradient_checkpointing`, recompute the block's activations in the backward pass."
     return checkpoint(block, *inputs, use_reentrant=False) if gradient_checkpointing else block(*inputs)

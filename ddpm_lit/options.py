@@ -107,7 +107,7 @@ class _RunAndImages(Command):
     preset: Literal[tuple(PRESETS)] = "digits"
     """network architecture, and the defaults of the other options"""
     data: str | None = None
-    """digits, mnist5k, emoji, a folder of images, a .npy, .npz or .parquet file, or a data set of the Hugging Face Hub"""
+    """digits, mnist5k, emoji, a folder of images, a .npy, .npz or .parquet file, a data set of the Hugging Face Hub"""
     split: str | None = None
     """split of a data set that has several; by default train"""
     size: int | None = None

@@ -83,7 +83,7 @@ OWNERS = {
     r"\bos\.fsync\b": {"files"},
     r"\bos\.replace\b|\.replace\(path\)": {"files"},
     r"\bPartialState\b": {"processes"},
-    r"\btorch\.autocast\b": {"processes", "conditional"},
+    r"\btorch\.autocast\b": {"processes"},
     r"\bmax_memory_allocated\b|\bgetrusage\b": {"processes"},
 }
 

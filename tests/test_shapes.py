@@ -121,6 +121,15 @@ def calls(d: Names, folder: Path) -> None:
     for variance, known in (("beta", None), ("learned", floor)):
         d.exact_ddpm(law, s, "v", variance, known).p_step(eps, t)
 
+    # 09b conditional: tokens, with and without a mask
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    reads = dict(down_block_types=down, up_block_types=up, cross_attention_dim=6, attention_head_dim=2)
+    reads |= dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, in_channels=1, out_channels=1)
+    net, tokens = d.ConditionalUNet(**reads, generator=draw), torch.zeros(len(x0), 3, 6)
+    net(x0, t, tokens), net(x0, 3, tokens, encoder_attention_mask=torch.ones(len(x0), 3, dtype=torch.bool))
+    d.check_conditional(d.CONDITIONAL_DEFAULTS), d.build_cross_attention(net.config, "CrossAttnDownBlock2D", 0)
+    d.build_self_attention(d.UNET_DEFAULTS, "DownBlock2D", 0)
+
     # 08 layers, 09 unet, 12 pretrained: the smallest network with every part, each variance; read back
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
     (
