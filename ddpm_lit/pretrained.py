@@ -376,7 +376,7 @@ def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
-# %% ../nbs/12_pretrained.ipynb #3994f89f
+# %% ../nbs/12_pretrained.ipynb #47
 class Trainable(nn.Module):
     "Base of a model other than `DDPM` that `Trainer` trains: a network with its own `objective(name)`; chapter 33."
 
@@ -401,7 +401,7 @@ class Trainable(nn.Module):
 
 Model = DDPM | Trainable
 
-# %% ../nbs/12_pretrained.ipynb #47
+# %% ../nbs/12_pretrained.ipynb #48
 def write_checkpoint(folder: Path, ema: Model, state: dict, metadata: dict) -> None:
     "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
     from safetensors.torch import save_file
