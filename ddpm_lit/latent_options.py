@@ -158,7 +158,7 @@ class TrainLatent(_LatentOptions):
         "Return the images or, with `latent`, their latents, cached in the folder of the run."
         if self.latent is None and self.widths is not None:
             raise ValueError("widths must come with --latent: the preset has those of other networks")
-        images = load_images_once(data, size, split, stream, progress)
+        images = super().load(data, size, split, stream, progress)
         if self.latent is None:
             return images
         if self.training.flip:

@@ -114,7 +114,10 @@ class _RunAndImages(Command):
     """height and width: images are cropped to a square and resized; by default they keep their size"""
     stream: bool = False
     """stream a data set of the Hub instead of copying it to the disk first"""
-    load = staticmethod(load_images_once)  # `latent_options` loads latents
+
+    def load(self, data: str, size: int | None, split: str | None, stream: bool, progress: bool):
+        "Return the images to train on; `latent_options` returns their latents."
+        return load_images_once(data, size, split, stream, progress)
 
 # %% ../nbs/39_options.ipynb #19
 def count_classes(images: Images | StoredImages) -> int:
@@ -234,7 +237,7 @@ def default_train(args: Sequence[str], kind: type[Train] = Train) -> Train:
     if args[:1] != ["train"] or "--resume" not in args or not saved.is_file():
         return kind(config, name, data=preset.data, size=preset.size, schedule=preset.schedule)
     try:
-        options = read_json(saved)
+        options = {k: v for k, v in read_json(saved).items() if v is not None or k in kind.__dataclass_fields__}
         options.pop("class_names", None)
         for name, earlier, now in (("schedule", "quadratic", "scaled_linear"), ("split", "train", None)):
             if options.get(name) == earlier:  # as earlier runs wrote it
