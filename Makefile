@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint export notebooks ablation improved solvers guidance models mutants bench bench-gpu clean
+.PHONY: help install demo test quick lint export notebooks ablation improved solvers guidance latent models mutants bench bench-gpu clean
 
 help: ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -66,6 +66,9 @@ solvers: install ## the same for nbs/31_solvers.jsonl, the table of chapter 31: 
 
 guidance: install ## train what nbs/32_guidance.jsonl, the table of chapter 32, is made of: ten minutes
 	$(call as_program,32_guidance)
+
+latent: install ## the same for nbs/33b_latent.jsonl, the table of chapter 33b: five minutes
+	$(call as_program,33b_latent)
 
 # A chapter, run as a program that fills its table and stops; interrupted, it resumes.
 define as_program
