@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/13b_decoding.ipynb #7
 import contextlib
 import io
+import itertools
 import re
 import struct
 import warnings
@@ -19,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
+from torch import Tensor
 
 from ddpm_lit.files import printable
 from ddpm_lit.forward import as_integer
@@ -194,7 +196,8 @@ def first_images(images: Images, size: tuple[int, int] | None, n: int | None) ->
         arrays = [p[0] if len(p) == 1 else rearrange(p, "c h w -> h w c") for p in pixels.numpy()]
         planes = [to_planes(crop_and_resize(array, size), images.shape[0]) for array in arrays]
         pixels = torch.from_numpy(np.stack(planes))
-    return Images(pixels, None if images.labels is None else images.labels[:n], images.name, images.classes)
+    labels, captions = (None if x is None else x[:n] for x in (images.labels, images.captions))
+    return Images(pixels, labels, images.name, images.classes, captions)
 
 
 @contextlib.contextmanager
@@ -264,3 +267,37 @@ class BrokenImages:
             parts.append(f"{'further ' * bool(parts)}left out: {left_out}")
         if parts or left_out.notes:
             warnings.warn(f"{self.source}: {'; '.join(parts + left_out.notes)}", stacklevel=5)
+
+# %% ../nbs/13b_decoding.ipynb #34
+def decode_like(source, i: int, shape: tuple[int, int, int], size) -> UInt8[np.ndarray, "c h w"]:
+    "Decode image i of the source to `shape`, (c, h, w); raise `ValueError` where it has another size, or colour."
+    with source.open(i) as file:
+        array = decode_image(file, size)
+    (c, h, w), (own_h, own_w) = shape, array.shape[:2]
+    if (own_h, own_w) != (h, w):
+        raise ValueError(f"is {own_h}×{own_w}, the others are {h}×{w}; --size crops and resizes all images to one size")
+    if array.ndim == 3 and c == 1:
+        raise ValueError("is in colour, the others are grey")
+    return to_planes(array, c)
+
+
+@quiet_pillow()
+def decode_batch(
+    source, indices: list[int], shape: tuple[int, int, int], size, limit: int
+) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, "b"], dict[int, str]]:
+    """Decode the images at `indices`, or in place of each that cannot be used the next one that can.
+
+    Returns the pixels, the indices of the images that they are, and the reasons by index of those that cannot be used;
+    once these are more than `limit`, the rest is not decoded.
+    """
+    pixels, used, errors = np.zeros((len(indices), *shape), np.uint8), np.array(indices, np.int64), {}
+    for k, first in enumerate(indices):
+        for i in itertools.chain(range(first, len(source)), range(first)):
+            try:
+                pixels[k], used[k] = decode_like(source, i, shape, size), i
+                break
+            except Exception as error:  # whatever a decoder stumbles over
+                errors[i] = error_reason(error)
+        if len(errors) > limit:
+            break
+    return torch.from_numpy(pixels), torch.from_numpy(used), errors

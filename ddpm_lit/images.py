@@ -31,20 +31,28 @@ def describe_value(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" + ("" if isinstance(value, Tensor) else f" in a {kind}, not a tensor")
 
 
-def check_images(pixels: Tensor, labels: Tensor | None) -> None:
-    "Raise `ValueError` unless `pixels` is uint8 (n, 1 or 3, h, w) and `labels`, where there are any, int64 (n,)."
+def check_images(pixels: Tensor, labels: Tensor | None = None, captions: tuple[str, ...] | None = None) -> None:
+    "Raise `ValueError` unless `pixels` is uint8 (n, 1 or 3, h, w), `labels` None or int64 (n,), `captions` n texts."
     shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else ()
     if len(shape) != 4 or pixels.dtype != torch.uint8 or shape[1] not in (1, 3) or 0 in shape:
         raise ValueError(f"pixels must be uint8 (n, 1 or 3, h, w), got {describe_value(pixels)}")
-    if labels is None or isinstance(labels, Tensor) and (labels.dtype, labels.shape) == (torch.int64, shape[:1]):
+    is_tensor = isinstance(labels, Tensor)
+    if not (labels is None or is_tensor and (labels.dtype, labels.shape) == (torch.int64, shape[:1])):
+        raise ValueError(f"labels must be int64 ({shape[0]},), got {describe_value(labels)}")
+    if captions is None:
         return
-    raise ValueError(f"labels must be int64 ({shape[0]},), got {describe_value(labels)}")
+    if not isinstance(captions, tuple) or len(captions) != shape[0]:
+        got = f"{len(captions)} in a tuple" if isinstance(captions, tuple) else describe_value(captions)
+        raise ValueError(f"captions must be a tuple of {shape[0]} texts, one for each image; got {got}")
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"captions must be texts, but caption {i} is {describe_value(caption)}")
 
 # %% ../nbs/13_images.ipynb #12
-def describe_images(name: str, n: int, shape: tuple[int, int, int], classes: Sequence[str] = ()) -> str:
-    "Return one line on a collection: its name, how many images, their height and width, grey or RGB, how many classes."
+def describe_images(name: str, n: int, shape: tuple[int, int, int], classes: Sequence[str] = (), captions=None) -> str:
+    "Return one line: name, how many images, height and width, grey or RGB, how many classes, whether with captions."
     c, h, w = shape
-    kinds = f", {len(classes)} classes" if classes else ""
+    kinds = f", {len(classes)} classes" * bool(classes) + ", with captions" * (captions is not None)
     return f"{name}: {n} of {h}×{w}, {'grey' if c == 1 else 'RGB'}{kinds}"
 
 
@@ -65,9 +73,10 @@ def as_indices(
 # %% ../nbs/13_images.ipynb #14
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of 8 bits in memory, grey (one channel) or RGB (three), with one label each where there are labels.
+    """Images of 8 bits in memory, grey (one channel) or RGB (three), with a label and a caption each, if any.
 
-    Raises `ValueError` for pixels of another type or shape, and for labels that are not int64 (n,).
+    Raises `ValueError` for pixels of another type or shape, labels that are not int64 (n,), and captions that are not
+    n texts.
     """
 
     pixels: UInt8[Tensor, "n c h w"]
@@ -75,9 +84,11 @@ class Images:
     name: str = "images"
     classes: tuple[str, ...] = ()
     "names of the labels 0, 1, …"
+    captions: tuple[str, ...] | None = None
+    "a text for each image"
 
     def __post_init__(self):
-        check_images(self.pixels, self.labels)
+        check_images(self.pixels, self.labels, self.captions)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,17 +104,19 @@ class Images:
         return self.pixels[indices], indices, {}
 
     def select(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> "Images":
-        "Return the images at `indices`, in this order, with their labels."
+        "Return the images at `indices`, in this order, with their labels and captions."
         i = as_indices(indices, len(self), least=1)
-        return Images(self.pixels[i], None if self.labels is None else self.labels[i], self.name, self.classes)
+        labels = None if self.labels is None else self.labels[i]
+        captions = None if self.captions is None else tuple(self.captions[k] for k in i.tolist())
+        return Images(self.pixels[i], labels, self.name, self.classes, captions)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __repr__(self):
-        return f"Images({describe_images(self.name, len(self), self.shape, self.classes)})"
+        return f"Images({describe_images(self.name, len(self), self.shape, self.classes, self.captions)})"
 
-# %% ../nbs/13_images.ipynb #18
+# %% ../nbs/13_images.ipynb #20
 def to_network(pixels: UInt8[Tensor, "..."], dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     """Return pixels 0 … 255 as the network reads them: floats -1 … 1 of type `dtype` (Ho et al. 2020, section 3.3).
 
@@ -123,7 +136,7 @@ def to_pixels(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
         raise ValueError(f"x must be floating point in [-1, 1], got {describe_value(x)}")
     return ((x.to(torch.promote_types(x.dtype, torch.float32)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/13_images.ipynb #21
+# %% ../nbs/13_images.ipynb #23
 def format_bytes(size: int) -> str:
     "Return a number of bytes in words."
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
@@ -155,7 +168,7 @@ def to_batch(
     x = to_network(x)
     return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
-# %% ../nbs/13_images.ipynb #24
+# %% ../nbs/13_images.ipynb #26
 def check_unambiguous(shape: tuple[int, int, int]) -> None:
     "Raise `ValueError` for a `shape` (n, h, w) that may as well be one image with its channels last, or first."
     a, b, c = shape
@@ -181,9 +194,9 @@ def channels_first(array: np.ndarray, n: int | None = None) -> UInt8[Tensor, "n 
     pattern = "n h w -> n 1 h w" if array.ndim == 3 else "n c h w -> n c h w" if first else "n h w c -> n c h w"
     return torch.from_numpy(np.ascontiguousarray(rearrange(array, pattern)))
 
-# %% ../nbs/13_images.ipynb #26
+# %% ../nbs/13_images.ipynb #28
 def load_array(path: Path) -> Images:
-    """Read the images of a `.npy` file, or `images` of a `.npz` file, with its `labels` where it has them.
+    """Read the images of a `.npy` file, or `images` of a `.npz` file, with `labels` and `captions` where it has them.
 
     Raises `ValueError` where the file is broken or holds something else. Pickled objects are never opened.
     """
@@ -201,11 +214,15 @@ def load_array(path: Path) -> Images:
             raise ValueError(f"labels must be integers of 64 bits, got {labels.dtype}")
         labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         n = len(labels) if labels is not None and labels.ndim else None
-        return Images(channels_first(arrays["images"], n), labels, printable(path.stem))
+        captions = arrays.get("captions")
+        if captions is not None and (captions.dtype.kind, captions.ndim) != ("U", 1):
+            raise ValueError(f"captions must be an array (n,) of texts, got {captions.dtype} {captions.shape}")
+        captions = None if captions is None else tuple(captions.tolist())
+        return Images(channels_first(arrays["images"], n), labels, printable(path.stem), captions=captions)
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
 
-# %% ../nbs/13_images.ipynb #29
+# %% ../nbs/13_images.ipynb #31
 def load_digits() -> Images:
     "Load scikit-learn's 1,797 handwritten digits, 8×8; their 17 grey levels v become round(v·255/16)."
     from sklearn import datasets
@@ -228,7 +245,7 @@ def load_mnist5k() -> Images:
 
 NAMED = {"digits": load_digits, "mnist5k": load_mnist5k}
 
-# %% ../nbs/13_images.ipynb #32
+# %% ../nbs/13_images.ipynb #34
 GRID = "ddpm_lit grid"  # in the metadata of pictures that show several images
 
 
@@ -250,7 +267,7 @@ def image_grid(
     grid = grid[: len(grid) - gap, : grid.shape[1] - gap]
     return (grid if grid.shape[2] == 3 else grid[..., 0]).numpy()
 
-# %% ../nbs/13_images.ipynb #34
+# %% ../nbs/13_images.ipynb #36
 def show(images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, title: str = "", ax=None):
     "Draw the images in a grid with matplotlib, on `ax` or on a figure of its own, and return the axes."
     import matplotlib.pyplot as plt
@@ -264,7 +281,7 @@ def show(images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, 
     ax.set_title(title)
     return ax
 
-# %% ../nbs/13_images.ipynb #37
+# %% ../nbs/13_images.ipynb #39
 def save_grid(path, images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, side: int = 64) -> None:
     "Write the images in a grid as a PNG file, enlarged by the integer factor that makes them nearest to `side` pixels."
     from PIL import Image
@@ -279,7 +296,7 @@ def save_grid(path, images: Images | UInt8[Tensor, "n c h w"], columns: int | No
     enlarged = repeat(grid, "h w ... -> (h a) (w b) ...", a=factor, b=factor)
     Image.fromarray(enlarged).save(path, format="PNG", pnginfo=mark)
 
-# %% ../nbs/13_images.ipynb #40
+# %% ../nbs/13_images.ipynb #42
 def save_animation(path, frames: UInt8[Tensor, "k n c h w"]) -> None:
     """Write k frames of n images: as a GIF if `path` ends in .gif (10 frames a second, the last for two), else a strip.
 
@@ -301,7 +318,7 @@ def save_animation(path, frames: UInt8[Tensor, "k n c h w"]) -> None:
         options = dict(save_all=True, append_images=opened, duration=duration, loop=0, comment=GRID)
         next(opened).save(temporary, format="GIF", **options)
 
-# %% ../nbs/13_images.ipynb #44
+# %% ../nbs/13_images.ipynb #46
 def record_trajectory(draw: Callable, batches: int, every: int, steps: int) -> UInt8[Tensor, "k n c h w"]:
     """Return the images of all `batches` at the start, after each `every` of `steps` steps, and at the end.
 
@@ -320,7 +337,7 @@ def record_trajectory(draw: Callable, batches: int, every: int, steps: int) -> U
         draw(i, record)
     return torch.stack([torch.cat(images) for images in frames.values()])
 
-# %% ../nbs/13_images.ipynb #47
+# %% ../nbs/13_images.ipynb #49
 def save_samples(output: str, path: Path, cache: CachedSamples, rows: int = 1) -> None:
     """Write the batches of `cache` to `path`, as an array or a grid, and remove them; PNG files stay as they are.
 
@@ -337,7 +354,7 @@ def save_samples(output: str, path: Path, cache: CachedSamples, rows: int = 1) -
     if output != "png":
         remove_folder(cache.folder)
 
-# %% ../nbs/13_images.ipynb #50
+# %% ../nbs/13_images.ipynb #52
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
     "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
     batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]

@@ -21,9 +21,11 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 # %% ../nbs/15_loading.ipynb #9
+from ddpm_lit.captions import column_captions
 from ddpm_lit.decoding import (
     BrokenImages,
     as_size,
+    decode_batch,
     decode_image,
     error_reason,
     first_images,
@@ -31,6 +33,7 @@ from ddpm_lit.decoding import (
     read_header,
     to_planes,
 )
+from ddpm_lit.emoji import load_emoji
 from ddpm_lit.files import as_path, digest, printable
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import (
@@ -100,44 +103,10 @@ def decode_all(
         decoded.append(i)
     if not decoded:
         raise ValueError(f"{source.name} holds no image that can be read: {broken}")
-    labels = None if source.labels is None else source.labels[as_indices(decoded, len(source))]
-    return Images(torch.from_numpy(pixels[: len(decoded)]), labels, source.name, source.classes)
+    sound = source if len(decoded) == len(source) else source.select(decoded)
+    return Images(torch.from_numpy(pixels[: len(decoded)]), sound.labels, source.name, source.classes, sound.captions)
 
-# %% ../nbs/15_loading.ipynb #15
-def decode_like(source: ImageSource, i: int, shape: tuple[int, int, int], size) -> UInt8[np.ndarray, "c h w"]:
-    "Decode image i of the source to `shape`, (c, h, w); raise `ValueError` where it has another size, or colour."
-    with source.open(i) as file:
-        array = decode_image(file, size)
-    (c, h, w), (own_h, own_w) = shape, array.shape[:2]
-    if (own_h, own_w) != (h, w):
-        raise ValueError(f"is {own_h}×{own_w}, the others are {h}×{w}; --size crops and resizes all images to one size")
-    if array.ndim == 3 and c == 1:
-        raise ValueError("is in colour, the others are grey")
-    return to_planes(array, c)
-
-
-@quiet_pillow()
-def decode_batch(
-    source: ImageSource, indices: list[int], shape: tuple[int, int, int], size, limit: int
-) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, "b"], dict[int, str]]:
-    """Decode the images at `indices`, or in place of each that cannot be used the next one that can.
-
-    Returns the pixels, the indices of the images that they are, and the reasons by index of those that cannot be used;
-    once these are more than `limit`, the rest is not decoded.
-    """
-    pixels, used, errors = np.zeros((len(indices), *shape), np.uint8), np.array(indices, np.int64), {}
-    for k, first in enumerate(indices):
-        for i in itertools.chain(range(first, len(source)), range(first)):
-            try:
-                pixels[k], used[k] = decode_like(source, i, shape, size), i
-                break
-            except Exception as error:  # whatever a decoder stumbles over
-                errors[i] = error_reason(error)
-        if len(errors) > limit:
-            break
-    return torch.from_numpy(pixels), torch.from_numpy(used), errors
-
-# %% ../nbs/15_loading.ipynb #17
+# %% ../nbs/15_loading.ipynb #16
 class StoredImages:
     """Images that stay encoded in their `source`, and are decoded to `shape`, (c, h, w), when they are read.
 
@@ -147,16 +116,17 @@ class StoredImages:
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages):
         self.source, self.shape, self.size = source, shape, size
         self.name, self.labels, self.classes = source.name, source.labels, source.classes
+        self.captions = source.captions
         self.broken = replace(broken, limit=min(broken.limit, len(source) - 1))  # the record stays the same dict
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __repr__(self):
-        return f"StoredImages({describe_images(self.name, len(self), self.shape, self.classes)})"
+        return f"StoredImages({describe_images(self.name, len(self), self.shape, self.classes, self.captions)})"
 
     def select(self, indices: Int64[Tensor, "b"] | Sequence[int]) -> "StoredImages":
-        "Return the images at `indices`, in this order, with their labels."
+        "Return the images at `indices`, in this order, with their labels and captions."
         source = self.source.select(as_indices(indices, len(self), least=1).tolist())
         return StoredImages(source, self.shape, self.size, self.broken)
 
@@ -178,7 +148,7 @@ class StoredImages:
         self.note(errors)
         return pixels
 
-# %% ../nbs/15_loading.ipynb #21
+# %% ../nbs/15_loading.ipynb #20
 def report(images: Images | StoredImages, source: ImageSource, broken: BrokenImages) -> Images | StoredImages:
     "Return `images`, after one warning of all that is not read of their `source`, or looks wrong."
     notes = source.left_out.notes
@@ -191,6 +161,10 @@ def report(images: Images | StoredImages, source: ImageSource, broken: BrokenIma
             )
     if isinstance(source, ImageTable) and source.label_column and images.labels is None:
         notes.append(f"the column {source.label_column} holds no whole numbers: the images have no labels")
+    if isinstance(source, ImageTable) and source.caption_column and images.captions is None:
+        notes.append(f"the column {source.caption_column} holds no texts: the images have no captions")
+    if images.captions and (empty := images.captions.count("")):
+        notes.append(f"{empty:,} of {len(images):,} captions are empty")
     broken.warn(source.left_out)
     return images
 
@@ -206,13 +180,13 @@ def load_source(
         images = decode_all(sound, shape, size, broken, progress) if fits else StoredImages(sound, shape, size, broken)
     return report(images, source, broken)
 
-# %% ../nbs/15_loading.ipynb #23
+# %% ../nbs/15_loading.ipynb #22
 def load_stream(
     source: ImageTable, size, n: int | None, max_broken: int | None, memory: int | None, progress: bool
 ) -> Images:
     "Decode the first `n` images (None: all) of a table whose rows arrive one by one, into memory."
     memory = free_memory() // 2 if memory is None else memory
-    arrays, labels, broken = [], [], BrokenImages(source.name, 0)
+    arrays, labels, captions, broken = [], [], [], BrokenImages(source.name, 0)
     with progress_bar(disable=not progress, desc=source.name, total=n, unit="img") as bar:
         for i, row in enumerate(source.iter_rows()):
             bar.update()
@@ -227,6 +201,7 @@ def load_stream(
             check_one_size(source, i, arrays[-1].shape[:2], arrays[0].shape[:2])
             broken.deep |= header.deep
             labels.append(row.get(source.label_column))
+            captions.append(row.get(source.caption_column))
             if len(arrays) * arrays[-1].nbytes > memory:
                 limit = f"more than {len(arrays) - 1} images do not fit in memory"
                 raise ValueError(f"{source.name}: {limit}; give n or size")
@@ -236,10 +211,11 @@ def load_stream(
         raise ValueError(f"{source.name} holds no image that can be read" + (f": {broken}" if broken.reasons else ""))
     channels = max(1 if array.ndim == 2 else 3 for array in arrays)
     pixels = np.stack([to_planes(array, channels) for array in arrays])
-    images = Images(torch.from_numpy(pixels), column_labels(labels), source.name, source.classes)
+    labels, captions = column_labels(labels), column_captions(captions)
+    images = Images(torch.from_numpy(pixels), labels, source.name, source.classes, captions)
     return report(images, source, broken)
 
-# %% ../nbs/15_loading.ipynb #25
+# %% ../nbs/15_loading.ipynb #24
 def load_images(
     source: str | os.PathLike = "digits", size: int | tuple[int, int] | None = None, *, split: str | None = None,
     stream: bool = False, n: int | None = None, max_broken: int | None = None, memory: int | None = None,
@@ -247,8 +223,9 @@ def load_images(
 ) -> Images | StoredImages:  # fmt: skip
     """Load images, in memory (`Images`) where they fit, else `StoredImages`; grey if all of them are, else RGB.
 
-    `source`: digits, mnist5k; a folder of images, whose sub-folders are classes; a .npy, .npz or .parquet file; a
-    folder of parquet files; mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub.
+    `source`: digits, mnist5k, emoji; a folder of images, whose sub-folders are classes, and whose captions are in
+    metadata.jsonl, metadata.csv or name.txt beside name.png; a .npy, .npz or .parquet file; a folder of parquet files;
+    mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub.
     `size`: crop to the centre and resize to this height and width. `split`: the part of a Hub data set, or of a folder
     that has several; by default train. `stream`: read tables row by row, without a copy on disk. `n`: only the first n
     images. `max_broken`: images that may be broken and left out; by default one in a hundred, and at least 10.
@@ -266,6 +243,8 @@ def load_images(
     known, clash = (False, None) if exists and not isinstance(source, str) else name_clash(text, path)
     if clash:
         warnings.warn(clash, stacklevel=2)
+    if known and text == "emoji":
+        return first_images(load_emoji(max(size or (32,)), split), size, n)
     if known and text in NAMED or path.suffix.lower() in (".npy", ".npz") and not os.path.isdir(path):
         check_split(path, split)
         return first_images(NAMED[text]() if known else load_array(path), size, n)
@@ -276,7 +255,7 @@ def load_images(
     encoded = encoded if n is None or n >= len(encoded) else encoded.select(range(n))
     return load_source(encoded, size, max_broken, memory, progress)
 
-# %% ../nbs/15_loading.ipynb #28
+# %% ../nbs/15_loading.ipynb #27
 def check_collection(images: object) -> None:
     "Raise `ValueError` unless `images` are `Images` or `StoredImages`."
     if not isinstance(images, Images | StoredImages):
@@ -298,7 +277,7 @@ def load_images_once(data: str, size: int | None, split: str | None, stream: boo
     with this_process().local_main_process_first():
         return load_images(data, size, split=split, stream=stream, progress=progress and is_main_process())
 
-# %% ../nbs/15_loading.ipynb #31
+# %% ../nbs/15_loading.ipynb #30
 class BatchOrder:
     """The order of `n` images in an endless stream, epoch after epoch, cut into batches for one of several processes.
 
@@ -328,7 +307,7 @@ class BatchOrder:
             entry += len(parts[-1])
         return torch.cat(parts)
 
-# %% ../nbs/15_loading.ipynb #35
+# %% ../nbs/15_loading.ipynb #34
 @dataclass
 class BatchReader(torch.utils.data.Dataset):
     "A worker's part: read the images of a batch's entries; see `StoredImages.try_read`."
@@ -344,25 +323,28 @@ class BatchReader(torch.utils.data.Dataset):
             parts = tuple(part.share_memory_() for part in parts)
         return *parts, errors
 
-# %% ../nbs/15_loading.ipynb #36
+# %% ../nbs/15_loading.ipynb #35
 class BatchMaker:
-    "The making of a batch from its entries: pixels from the device, or read; with labels, where they are wanted."
+    "The making of a batch from its entries: pixels from the device, or read; with labels and captions where wanted."
 
-    def __init__(self, images: Images | StoredImages, device, workers: int | None, resident: bool | None, labels: bool):
+    def __init__(self, images: Images | StoredImages, device, workers: int | None, resident: bool | None,
+                 labels: bool = False, captions: bool = False):  # fmt: skip
         self.workers = min(8, available_cores()) if workers is None else as_integer("workers", workers, 0)
-        self.images, self.device, self.paired = images, torch.device(device), labels
+        self.images, self.device, self.with_labels, self.with_captions = images, torch.device(device), labels, captions
         self.resident, self.why = choose_residence(images, self.device, resident)
         self.pixels = images.pixels.to(self.device) if self.resident else None
         self.labels = images.labels.to(self.device) if labels and images.labels is not None else None
 
     def finish(self, pixels: Tensor, indices: Tensor, mirrored: Tensor, errors: dict[int, str]):
-        "Return the batch x, or the pair (x, y), of images at `indices`; report the errors of reading them."
+        "Return the batch x, or a tuple (x, y), (x, texts), of images at `indices`; report the errors of reading them."
         if errors:
             self.images.note(errors)
-        x = to_batch(pixels, mirrored, self.device)
-        if not self.paired:
-            return x
-        return x, None if self.labels is None else self.labels[indices.to(self.device, non_blocking=True)]
+        parts, texts = [to_batch(pixels, mirrored, self.device)], self.images.captions
+        if self.with_labels:
+            parts.append(None if self.labels is None else self.labels[indices.to(self.device, non_blocking=True)])
+        if self.with_captions:
+            parts.append(None if texts is None else [texts[i] for i in indices.tolist()])
+        return tuple(parts) if len(parts) > 1 else parts[0]
 
     def make(self, entries: Int64[Tensor, "b"]):
         "Return the batch of these entries, made by this process."
@@ -371,7 +353,7 @@ class BatchMaker:
             return self.finish(self.pixels[entries % n], entries % n, entries >= n, {})
         return self.finish(*BatchReader(self.images)[entries])
 
-# %% ../nbs/15_loading.ipynb #39
+# %% ../nbs/15_loading.ipynb #38
 WORKER_SECONDS = 300.0  # a batch that takes longer will never come
 
 
@@ -407,24 +389,26 @@ def read_ahead(batches: "ImageBatches") -> Iterator:
             done += 1
     yield from map(batches.batch, itertools.count(done))
 
-# %% ../nbs/15_loading.ipynb #40
+# %% ../nbs/15_loading.ipynb #39
 class ImageBatches(BatchOrder, BatchMaker):
-    """An endless stream of batches (batch_size, c, h, w) in [-1, 1] on `device`; with `labels`, of pairs (x, y).
+    """An endless stream of batches x (batch_size, c, h, w) in [-1, 1] on `device`; with `labels`, of pairs (x, y); with
+    `captions`, of (x, texts) or (x, y, texts).
 
     Each epoch has its own order, fixed by `seed`; `flip` mirrors half of the images left to right. From entry `start`
     on, the stream is cut into pieces of batch_size times processes; `process`, (rank, processes), takes its part.
     The pixels live on the device if they fit (`resident` decides otherwise), or are read by so many `workers` (0: by
-    this process, as well if they fail): the same batches, bit for bit. y is int64 (b,), or None without labels.
+    this process, as well if they fail): the same batches, bit for bit. y is int64 (b,), or None without labels; `texts`
+    is a list of b captions, or None without captions.
     """
 
     def __init__(
         self, images: Images | StoredImages, batch_size: int, device="cpu", seed: int = 0, flip: bool = False,
         start: int = 0, process: tuple[int, int] = (0, 1), workers: int | None = None, resident: bool | None = None,
-        labels: bool = False,
+        labels: bool = False, captions: bool = False,
     ):  # fmt: skip
         check_collection(images)
         BatchOrder.__init__(self, len(images), batch_size, seed, flip, start, process)
-        BatchMaker.__init__(self, images, device, workers, resident, labels)
+        BatchMaker.__init__(self, images, device, workers, resident, labels, captions)
         self.order = functools.lru_cache(maxsize=2)(self.order)
 
     def order(self, epoch: int) -> Int64[Tensor, "n"]:

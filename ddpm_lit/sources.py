@@ -17,7 +17,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from ddpm_lit.captions import caption_column, column_captions, read_captions
 from ddpm_lit.decoding import SUFFIXES, LeftOut, error_reason
 from ddpm_lit.files import as_path, printable, read_json
 from ddpm_lit.images import NAMED, as_indices
@@ -141,7 +142,8 @@ def choose_split(root: Path, splits: dict[str, str | None], split: str | None, l
 class ImageSource(ABC):
     """A source is an indexed collection of encoded images; each has a name for error messages.
 
-    It has a length; `name` is that of the source, `labels` are int64 (n,) or None, `classes` a tuple of their names.
+    It has a length; `name` is that of the source, `labels` are int64 (n,) or None, `classes` a tuple of their names,
+    `captions` n texts or None.
     """
 
     @abstractmethod
@@ -167,6 +169,7 @@ class ImageFiles(ImageSource):
     labels: Int64[Tensor, "n"] | None = None
     classes: tuple[str, ...] = ()
     left_out: LeftOut = field(default_factory=LeftOut)
+    captions: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -182,8 +185,8 @@ class ImageFiles(ImageSource):
     def select(self, indices: Sequence[int]) -> "ImageFiles":
         "Return the source of the files at `indices`, in this order."
         labels = None if self.labels is None else self.labels[as_indices(indices, len(self))]
-        paths = tuple(self.paths[i] for i in indices)
-        return ImageFiles(self.root, paths, self.name, labels, self.classes, self.left_out)
+        captions = None if self.captions is None else tuple(self.captions[i] for i in indices)
+        return replace(self, paths=tuple(self.paths[i] for i in indices), labels=labels, captions=captions)
 
 # %% ../nbs/14_sources.ipynb #27
 def image_folder(root: Path, split: str | None = None, scan: tuple[list[str], LeftOut] | None = None) -> ImageFiles:
@@ -192,8 +195,8 @@ def image_folder(root: Path, split: str | None = None, scan: tuple[list[str], Le
     `scan` is the result of `scan_folder`. Raises `ValueError` without images or such a split; see `choose_split`.
     """
     files, left_out = scan or scan_folder(root)
-    paths = []
-    for path in files:
+    paths, (captions, caption_files) = [], read_captions(root, files)
+    for path in (path for path in files if path not in caption_files):
         suffix = PurePosixPath(path).suffix.lower()
         if path.split("/")[-2:-1] in ([], ["samples"]) and re.fullmatch(r"(.*/)?step-\d{8,}\.png", path):
             left_out.add("grid(s) of samples of a training run", path)
@@ -210,11 +213,13 @@ def image_folder(root: Path, split: str | None = None, scan: tuple[list[str], Le
     inside = paths if (None, "") in named else [path.replace(splits[path][1] + "/", "", 1) for path in paths]
     name = named.pop()[1] if len(named) == 1 and inside is not paths else root.resolve().name
     parts = [path.split("/")[0] if "/" in path else None for path in inside]
+    texts = tuple(captions.get(path, "") for path in paths) if any(path in captions for path in paths) else None
+    source = ImageFiles(root, tuple(paths), printable(name), left_out=left_out, captions=texts)
     if None in parts or len(set(parts)) < 2:
-        return ImageFiles(root, tuple(paths), printable(name), left_out=left_out)
+        return source
     folders = sorted(set(parts))
     labels = torch.from_numpy(np.array([folders.index(part) for part in parts], np.int64))
-    return ImageFiles(root, tuple(paths), printable(name), labels, tuple(map(printable, folders)), left_out)
+    return replace(source, labels=labels, classes=tuple(map(printable, folders)))
 
 # %% ../nbs/14_sources.ipynb #30
 def check_one_size(source: ImageSource, i: int, size: Sequence[int], expected: Sequence[int]) -> None:
@@ -328,17 +333,22 @@ class ImageTable(ImageSource):
             features = table.features or table._resolve_features().features
         except Exception as error:
             raise ValueError(f"{name}: its columns cannot be read: {error_reason(error)}") from None
-        self.column, self.label_column = find_columns(name, features)
+        (self.column, self.label_column), self.caption_column = find_columns(name, features), caption_column(features)
         self.name, kind = name, features.get(self.label_column)
         self.classes = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
         if isinstance(features[self.column], datasets.Image):
             table = table.cast_column(self.column, datasets.Image(decode=False))
-        self.table = table.select_columns([self.column, *filter(None, [self.label_column])])
+        self.table = table.select_columns([self.column, *filter(None, [self.label_column, self.caption_column])])
 
     @functools.cached_property
     def labels(self) -> Int64[Tensor, "n"] | None:
         "The labels, where there are any."
         return column_labels(self.table[self.label_column]) if self.label_column else None
+
+    @functools.cached_property
+    def captions(self) -> tuple[str, ...] | None:
+        "The captions, where there are any."
+        return column_captions(self.table[self.caption_column]) if self.caption_column else None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -400,6 +410,7 @@ def open_local(path: Path, split: str | None, stream: bool, progress: bool) -> I
     return ImageTable(table, printable(path.resolve().stem), scan[1])
 
 # %% ../nbs/14_sources.ipynb #50
+OFFLINE = (*NAMED, "emoji")
 HUB = {
     "mnist": "ylecun/mnist",
     "fashion_mnist": "zalando-datasets/fashion_mnist",
@@ -412,7 +423,7 @@ HUB = {
 
 def name_clash(source: str, path: Path) -> tuple[bool, str | None]:
     "Return whether `source` is a known data set, not what lies at `path`; and where both are there, what to say."
-    known, folder = source in NAMED or source in HUB, os.path.isdir(path)
+    known, folder = source in OFFLINE or source in HUB, os.path.isdir(path)
     if not (known and os.path.exists(path)):
         return known, None
     own, remote = folder and own_output(path), HUB.get(source)
@@ -427,8 +438,8 @@ def open_hub(source: str, split: str | None, stream: bool, progress: bool) -> Im
     "Return the source for a data set on the Hub; `ValueError` with the nearest known name for what cannot be one."
     name = HUB.get(source, source)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name):
-        near = difflib.get_close_matches(source, [*NAMED, *HUB], n=1)
-        names, hint = ", ".join([*NAMED, *HUB]), f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(source, [*OFFLINE, *HUB], n=1)
+        names, hint = ", ".join([*OFFLINE, *HUB]), f"; did you mean {near[0]!r}?" if near else ""
         kinds = "a folder of images, a .npy, .npz or .parquet file, or owner/name on the Hugging Face Hub"
         hint = f"; there is nothing at {printable(as_path(source))}" if source[:1] in ("~", ".", "/") else hint
         raise ValueError(f"source must be {names}, {kinds}; got {source!r}{hint}")

@@ -17,7 +17,20 @@ ROOT = Path(__file__).parents[1]
 # Imports only ever point to the left. A new module takes its place here, as in the table of the README.
 ORDER = (
     *("checks", "gaussian", "forward", "posterior", "ddpm", "bound", "objective", "exact"),
-    *("layers", "unet", "files", "processes", "claims", "pretrained", "images", "decoding", "sources", "loading"),
+    *(
+        "layers",
+        "unet",
+        "files",
+        "processes",
+        "claims",
+        "pretrained",
+        "images",
+        "decoding",
+        "captions",
+        "sources",
+        "emoji",
+        "loading",
+    ),
     *("trainer", "sampler", "metrics", "evaluation", "improved", "solvers", "guidance", "options", "cli"),
 )
 MODULES = {name: (ROOT / "ddpm_lit" / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
