@@ -200,15 +200,18 @@ def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 # %% ../nbs/08_layers.ipynb #51
-def scaled_attention(q: Float[Tensor, "b k n d"], k: Float[Tensor, "b k n d"], v: Float[Tensor, "b k n d"]) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v, for every image and head.
+def scaled_attention(
+    q: Float[Tensor, "b k n d"], k: Float[Tensor, "b k m d"], v: Float[Tensor, "b k m d"], bias: Tensor | None = None
+) -> Float[Tensor, "b k n d"]:
+    """Return softmax(q k^T / sqrt(d) + bias) v, for every image and head; `bias` broadcasts to the scores (b, k, n, m).
 
     This is PyTorch's `scaled_dot_product_attention`, except for bfloat16 on the CPU, where two matrix products take
     half its time. Beyond 32×32 positions the matrix of all pairs is too large for it.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 32 * 32:
-        return F.scaled_dot_product_attention(q, k, v)
-    return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
+        return F.scaled_dot_product_attention(q, k, v, bias)
+    scores = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)
+    return (scores if bias is None else scores + bias).softmax(3) @ v
 
 # %% ../nbs/08_layers.ipynb #54
 def to_fast_layout(x: Float[Tensor, "b c h w"], conv: nn.Conv2d, pixels: int) -> Float[Tensor, "b c h w"]:

@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'UNet']
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -34,33 +35,35 @@ from ddpm_lit.layers import (
 
 # %% ../nbs/09_unet.ipynb #8
 class _Block(nn.Module):
-    "Residual blocks, with attention after each where `head_dim` is given; base of `DownBlock` and `UpBlock`."
+    "Residual blocks, each followed by what `attention()` returns; base of `DownBlock`, `UpBlock` and `MidBlock`."
 
-    def __init__(self, inputs: Sequence[int], out_channels: int, head_dim: int | None, **block):
+    def __init__(self, inputs: Sequence[int], out_channels: int, attention: Callable[[], nn.Module], **block):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(channels, out_channels, **block) for channels in inputs)
-        self.attentions = nn.ModuleList(build_attention(out_channels, head_dim, **block) for _ in inputs)
+        self.attentions = nn.ModuleList(attention() for _ in inputs)
 
     @staticmethod
-    def run(layer: nn.Module, x: Tensor, emb: Tensor, recompute: bool) -> Tensor:
-        "Return the output of `layer`; `recompute` puts a residual block under gradient checkpointing."
-        is_block = isinstance(layer, ResidualBlock)
-        return run_block(layer, x, emb, gradient_checkpointing=recompute) if is_block else layer(x)
+    def run(layer: nn.Module, x: Tensor, emb: Tensor, context: tuple, recompute: bool) -> Tensor:
+        "Return the output of `layer`, given `emb` or `context` if it reads one; `recompute` then checkpoints gradients."
+        if not (reads_context := getattr(layer, "reads_context", False)) and not isinstance(layer, ResidualBlock):
+            return layer(x)
+        return run_block(layer, x, *(context if reads_context else (emb,)), gradient_checkpointing=recompute)
 
 
 class DownBlock(_Block):
     "One level of the encoder: each result goes onto the stack `skips`; `downsampler` then halves the size."
 
-    def __init__(self, inputs: Sequence[int], out_channels: int, head_dim, downsampler: nn.Module | None, **block):
-        super().__init__(inputs, out_channels, head_dim, **block)
+    def __init__(self, inputs: Sequence[int], out_channels: int, attention, downsampler: nn.Module | None, **block):
+        super().__init__(inputs, out_channels, attention, **block)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
-    def forward(self, x, emb, skips: list, recompute: bool = False) -> Float[Tensor, "b c h w"]:
-        for resnet, attend in zip(self.resnets, self.attentions, strict=True):
-            x = attend(self.run(resnet, x, emb, recompute))
+    def forward(self, x, emb, skips: list, recompute: bool = False, context=()) -> Float[Tensor, "b c h w"]:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = self.run(resnet, x, emb, context, recompute)
+            x = self.run(attention, x, emb, context, recompute)
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = self.run(downsampler, x, emb, recompute)
+            x = self.run(downsampler, x, emb, context, recompute)
             skips.append(x)
         return x
 
@@ -68,93 +71,71 @@ class DownBlock(_Block):
 class UpBlock(_Block):
     "One level of the decoder: each residual block reads x and the last of `skips`; `upsampler` then doubles the size."
 
-    def __init__(self, inputs: Sequence[int], out_channels: int, head_dim, upsampler: nn.Module | None, **block):
-        super().__init__(inputs, out_channels, head_dim, **block)
+    def __init__(self, inputs: Sequence[int], out_channels: int, attention, upsampler: nn.Module | None, **block):
+        super().__init__(inputs, out_channels, attention, **block)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(self, x, emb, skips: list, recompute: bool = False) -> Float[Tensor, "b c h w"]:
-        for resnet, attend in zip(self.resnets, self.attentions, strict=True):
-            x = attend(self.run(resnet, torch.cat([x, skips.pop()], dim=1), emb, recompute))
+    def forward(self, x, emb, skips: list, recompute: bool = False, context=()) -> Float[Tensor, "b c h w"]:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), emb, context, recompute)
+            x = self.run(attention, x, emb, context, recompute)
         for upsampler in self.upsamplers:
-            x = self.run(upsampler, x, emb, recompute)
+            x = self.run(upsampler, x, emb, context, recompute)
         return x
 
 
 class MidBlock(_Block):
-    "The lowest level: residual block, attention with a norm of `attn_groups`, residual block."
+    "The lowest level: residual block, what `attention()` returns, residual block."
 
-    def __init__(self, channels: int, head_dim: int | None, attn_groups: int | None = None, **block):
-        super().__init__([channels] * 2, channels, None, **block)
-        usual = None if block["scale_shift"] else block["groups"]  # as most published networks have it
-        norm = dict(block, groups=attn_groups or usual)
-        self.attentions = nn.ModuleList([build_attention(channels, head_dim, **norm)])
+    def __init__(self, channels: int, attention: Callable[[], nn.Module], **block):
+        super().__init__([channels] * 2, channels, nn.Identity, **block)
+        self.attentions = nn.ModuleList([attention()])
 
-    def forward(self, x, emb, recompute: bool = False) -> Float[Tensor, "b c h w"]:
-        x = self.attentions[0](self.run(self.resnets[0], x, emb, recompute))
-        return self.run(self.resnets[1], x, emb, recompute)
+    def forward(self, x, emb, recompute: bool = False, context=()) -> Float[Tensor, "b c h w"]:
+        for layer in (self.resnets[0], self.attentions[0], self.resnets[1]):
+            x = self.run(layer, x, emb, context, recompute)
+        return x
 
 # %% ../nbs/09_unet.ipynb #13
-UNET_DEFAULTS = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [224, 448, 672, 896],
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "dropout": 0.0,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "num_train_timesteps": None,
-}
+UNET_DEFAULTS = dict(
+    sample_size=None, in_channels=3, out_channels=3, center_input_sample=False,
+    time_embedding_type="positional", time_embedding_dim=None, freq_shift=0, flip_sin_to_cos=True,
+    down_block_types=["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    block_out_channels=[224, 448, 672, 896], layers_per_block=2, mid_block_scale_factor=1,
+    downsample_padding=1, downsample_type="conv", upsample_type="conv", dropout=0.0, act_fn="silu",
+    attention_head_dim=8, norm_num_groups=32, attn_norm_num_groups=None, norm_eps=1e-5,
+    resnet_time_scale_shift="default", add_attention=True,
+    class_embed_type=None, num_class_embeds=None, num_train_timesteps=None,
+)  # fmt: skip
 
 # %% ../nbs/09_unet.ipynb #14
-BLOCK_TYPES = {  # and whether they have attention
-    "down_block_types": {"DownBlock2D": False, "AttnDownBlock2D": True, "ResnetDownsampleBlock2D": False},
-    "up_block_types": {"UpBlock2D": False, "AttnUpBlock2D": True, "ResnetUpsampleBlock2D": False},
+BLOCK_TYPES = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
 }
-CHOICES = {
-    "downsample_padding": (0, 1),
-    "downsample_type": ("conv", "resnet"),
-    "upsample_type": ("conv", "resnet"),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None, "timestep", "identity"),
-}
-UNSUPPORTED = (
-    *("center_input_sample", "time_embedding_type", "mid_block_type", "mid_block_scale_factor"),
-    *("act_fn", "num_train_timesteps"),
-)
+CHOICES = dict(downsample_padding=(0, 1), downsample_type=("conv", "resnet"), upsample_type=("conv", "resnet"))
+CHOICES |= dict(resnet_time_scale_shift=("default", "scale_shift"), class_embed_type=(None, "timestep", "identity"))
+UNSUPPORTED = ("center_input_sample", "time_embedding_type", "mid_block_type", "mid_block_scale_factor")
+UNSUPPORTED += ("act_fn", "num_train_timesteps")
+PROJECTION = "projection_class_embeddings_input_dim"  # a keyword of networks in later chapters
 
 
-def check_keywords(config: dict) -> None:
-    "Reject unknown keywords and unsupported values in `config`: `ValueError` names the keyword."
-    unknown = sorted(config.keys() - UNET_DEFAULTS.keys())
+def check_keywords(
+    config: dict, network="UNet", defaults=UNET_DEFAULTS, types=BLOCK_TYPES, choices=CHOICES, unsupported=UNSUPPORTED
+) -> None:
+    "Reject unknown keywords and unsupported values in the `config` of a `network`: `ValueError` names the keyword."
+    unknown = sorted(config.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"UNet has no keyword {', '.join(unknown)}; it takes {', '.join(UNET_DEFAULTS)}")
-    for name in UNSUPPORTED:
-        if config[name] != UNET_DEFAULTS[name]:
-            raise ValueError(f"{name}={config[name]!r} is not implemented, only {UNET_DEFAULTS[name]!r}")
-    for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {config[name]!r}")
-    for name, kinds in BLOCK_TYPES.items():
+        raise ValueError(f"{network} has no keyword {', '.join(unknown)}; it takes {', '.join(defaults)}")
+    for name in unsupported:
+        if config[name] != defaults[name]:
+            raise ValueError(f"{name}={config[name]!r} is not implemented, only {defaults[name]!r}")
+    for name, values in choices.items():
+        if config[name] not in values:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}; got {config[name]!r}")
+    for name, kinds in types.items():
         for kind in config[name]:
             if kind not in kinds:
                 raise ValueError(f"{name} must be among {', '.join(kinds)}; got {kind!r}")
@@ -196,39 +177,54 @@ def block_config(config: dict) -> dict:
 
 
 def resizes_by_block(kind: str, config: dict) -> bool:
-    "Return whether such a level changes the size by a residual block; the keyword affects attention levels only."
-    by_keyword = config["downsample_type" if "Down" in kind else "upsample_type"] == "resnet"
-    return kind.startswith("Resnet") or (kind.startswith("Attn") and by_keyword)
+    "Return whether such a level changes the size by a residual block; the keyword affects `Attn` levels only."
+    by_keyword = (
+        kind.startswith("Attn") and config["downsample_type" if "Down" in kind else "upsample_type"] == "resnet"
+    )
+    return kind.startswith("Resnet") or by_keyword
 
 
-def build_encoder(config: dict, skips: list[int]) -> nn.ModuleList:
+def at_level(config: dict, name: str, level: int):
+    "Return the value of a keyword that may have one for each level, finest first."
+    return config[name][level] if isinstance(config[name], list) else config[name]
+
+
+def build_self_attention(config: dict, kind: str, level: int) -> nn.Module:
+    "Return the attention of a block of type `kind` at a `level` of `UNet`; the identity where it has none."
+    width, groups, middle = config["block_out_channels"][level], config["norm_num_groups"], "Mid" in kind
+    if middle:
+        usual = None if config["resnet_time_scale_shift"] == "scale_shift" else groups  # as most published networks do
+        groups = config["attn_norm_num_groups"] or usual
+    attends = config["add_attention"] if middle else "Attn" in kind
+    head_dim = (config["attention_head_dim"] or width) if attends else None
+    return build_attention(width, head_dim, groups, config["norm_eps"])
+
+# %% ../nbs/09_unet.ipynb #61af0a35
+def build_encoder(config: dict, skips: list[int], attention: Callable = build_self_attention) -> nn.ModuleList:
     "Downsampling levels, fine to coarse; each appends the channel counts of its skip connections to `skips`."
     levels, widths, block = nn.ModuleList(), config["block_out_channels"], block_config(config)
-    for kind, width in zip(config["down_block_types"], widths, strict=True):
-        downsampler, inputs = None, [skips[-1]] + [width] * (config["layers_per_block"] - 1)
-        if len(levels) < len(widths) - 1:
-            if resizes_by_block(kind, config):
-                downsampler = ResidualBlock(width, width, **block, resize=avg_pool_2x)
-            else:
-                downsampler = Downsample(width, config["downsample_padding"])
-        head_dim = (config["attention_head_dim"] or width) if BLOCK_TYPES["down_block_types"][kind] else None
-        levels.append(DownBlock(inputs, width, head_dim, downsampler, **block))
+    for level, (kind, width) in enumerate(zip(config["down_block_types"], widths, strict=True)):
+        downsampler, inputs = None, [skips[-1]] + [width] * (at_level(config, "layers_per_block", level) - 1)
+        if level < len(widths) - 1:
+            by_block, padding = resizes_by_block(kind, config), config["downsample_padding"]
+            resize = dict(resize=avg_pool_2x)
+            downsampler = ResidualBlock(width, width, **block, **resize) if by_block else Downsample(width, padding)
+        levels.append(DownBlock(inputs, width, partial(attention, config, kind, level), downsampler, **block))
         skips += [width] * (len(inputs) + (downsampler is not None))
     return levels
 
-# %% ../nbs/09_unet.ipynb #20
-def build_decoder(config: dict, skips: list[int]) -> nn.ModuleList:
+
+def build_decoder(config: dict, skips: list[int], attention: Callable = build_self_attention) -> nn.ModuleList:
     "Upsampling levels, coarse to fine; each pops the channel counts of the skip connections it uses."
-    levels, widths, block = nn.ModuleList(), config["block_out_channels"][::-1], block_config(config)
-    below = widths[0]
-    for kind, width in zip(config["up_block_types"], widths, strict=True):
-        upsampler, inputs = None, [n + skips.pop() for n in [below] + [width] * config["layers_per_block"]]
-        if len(levels) < len(widths) - 1:
+    levels, widths, block = nn.ModuleList(), config["block_out_channels"], block_config(config)
+    for level, kind in zip(reversed(range(len(widths))), config["up_block_types"], strict=True):
+        width, below = widths[level], widths[min(level + 1, len(widths) - 1)]
+        layers = at_level(config, "layers_per_block", level)
+        upsampler, inputs = None, [n + skips.pop() for n in [below] + [width] * layers]
+        if level > 0:
             by_block = resizes_by_block(kind, config)
             upsampler = ResidualBlock(width, width, **block, resize=nearest_2x) if by_block else Upsample(width)
-        head_dim = (config["attention_head_dim"] or width) if BLOCK_TYPES["up_block_types"][kind] else None
-        levels.append(UpBlock(inputs, width, head_dim, upsampler, **block))
-        below = width
+        levels.append(UpBlock(inputs, width, partial(attention, config, kind, level), upsampler, **block))
     return levels
 
 # %% ../nbs/09_unet.ipynb #23
@@ -248,7 +244,8 @@ def check_labels(config: dict, x: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"class_labels must {'not ' if labels is not None else ''}be given to {network}")
     if labels is None:
         return
-    shape = (len(x), block_config(config)["emb_channels"]) if kind == "identity" else (len(x),)
+    widths = {"identity": block_config(config)["emb_channels"], "projection": config.get(PROJECTION)}
+    shape = (len(x), widths[kind]) if kind in widths else (len(x),)
     if labels.shape != shape or (kind is None and labels.is_floating_point()):
         numbers = "numbers" if kind else "integers"
         raise ValueError(f"class_labels must be {shape} {numbers}, got {tuple(labels.shape)} of {labels.dtype}")
@@ -260,8 +257,9 @@ def check_labels(config: dict, x: Tensor, labels: Tensor | None) -> None:
 def build_class_embedding(config: dict) -> nn.Module | None:
     "Return the module that embeds a class label like the time; None for a network without classes."
     first, width = config["block_out_channels"][0], block_config(config)["emb_channels"]
-    if config["class_embed_type"] is not None:
-        return TimeEmbedding(first, width) if config["class_embed_type"] == "timestep" else nn.Identity()
+    if (kind := config["class_embed_type"]) is not None:
+        inputs = {"timestep": first, "projection": config.get(PROJECTION)}
+        return TimeEmbedding(inputs[kind], width) if kind in inputs else nn.Identity()
     return None if config["num_class_embeds"] is None else nn.Embedding(config["num_class_embeds"], width)
 
 
@@ -292,35 +290,65 @@ def initialise(net: nn.Module, generator: torch.Generator | None = None) -> None
             nn.init.normal_(layer.weight, generator=generator)
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not getattr(layer, "is_zero_init", False):
             nn.init.xavier_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class _UNetLayers(nn.Module):
-    "The layers of `UNet`, built from its configuration."
+    "The layers of a U-Net, built from its configuration; base of `UNet` and of networks with other attention."
 
-    gradient_checkpointing = False
+    gradient_checkpointing, defaults, attention = False, UNET_DEFAULTS, staticmethod(build_self_attention)
 
     def __init__(self, *, generator: torch.Generator | None = None, **config):
         super().__init__()
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
-        self.config = config = copy.deepcopy(UNET_DEFAULTS | plain)
-        check_keywords(config)
-        check_numbers(config)
+        self.config = config = copy.deepcopy(self.defaults | plain)
+        self.check_config(config)
         widths, block = config["block_out_channels"], block_config(config)
-        skips, head_dim = [widths[0]], config["attention_head_dim"] or widths[-1]
+        skips, lowest = [widths[0]], len(widths) - 1
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], block["emb_channels"])
         self.class_embedding = build_class_embedding(config)
-        self.down_blocks = build_encoder(config, skips)
-        middle = head_dim if config["add_attention"] else None
-        self.mid_block = MidBlock(widths[-1], middle, config["attn_norm_num_groups"], **block)
-        self.up_blocks = build_decoder(config, skips)
+        self.down_blocks = build_encoder(config, skips, self.attention)
+        middle = partial(self.attention, config, config["mid_block_type"], lowest)
+        self.mid_block = MidBlock(widths[-1], middle, **block)
+        self.up_blocks = build_decoder(config, skips, self.attention)
         self.conv_norm_out = GroupNorm(block["groups"], widths[0], block["eps"])
         self.conv_out = zero_init(nn.Conv2d(widths[0], config["out_channels"], 3, padding=1))
         initialise(self, generator)
 
+    @staticmethod
+    def check_config(config: dict) -> None:
+        "Raise `ValueError`, naming the keyword, where the network cannot be built from `config`."
+        check_keywords(config)
+        check_numbers(config)
+
 # %% ../nbs/09_unet.ipynb #29
-class UNet(_UNetLayers):
+class _Network(_UNetLayers):
+    "Encoder, middle and decoder in a row; base of the networks, which say what they are conditioned on."
+
+    def denoise(self, x_t: Float[Tensor, "b c h w"], emb: Float[Tensor, "b width"], context: tuple = ()) -> Tensor:
+        "Return the prediction for `x_t`, given the vector `emb` for residual blocks and `context` for attention."
+        x = self.conv_in(to_fast_layout(x_t, self.conv_out, x_t.shape[2] * x_t.shape[3]))
+        skips, recompute = [x], self.gradient_checkpointing and torch.is_grad_enabled()
+        for down in self.down_blocks:
+            x = down(x, emb, skips, recompute, context)
+        x = self.mid_block(x, emb, recompute, context)
+        for up in self.up_blocks:
+            x = up(x, emb, skips, recompute, context)
+        x = self.conv_out(silu(self.conv_norm_out(x)))
+        return x.contiguous() if x_t.is_contiguous() else x
+
+    def check_images(self, x: Tensor) -> None:
+        "Raise `ValueError` where the network cannot read images shaped like `x`."
+        channels, factor = self.config["in_channels"], 2 ** (len(self.down_blocks) - 1)
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"x_t must be (b, {channels}, h, w), got {tuple(x.shape)}")
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(f"height and width of x_t must be divisible by {factor}, got {tuple(x.shape[2:])}")
+
+# %% ../nbs/09_unet.ipynb #0ca1053f
+class UNet(_Network):
     """The network of the paper: `net(x_t, t, class_labels=None)` has the shape of x_t, with `out_channels` channels.
 
     Keywords, their defaults and the keys of `state_dict` are those of diffusers' `UNet2DModel`; what is not implemented
@@ -334,24 +362,7 @@ class UNet(_UNetLayers):
     ) -> Float[Tensor, "b out h w"]:
         "Predict from noisy images `x_t` at timesteps `t` (one, or one per image), given `class_labels` if needed."
         self.check_images(x_t)
-        emb = embed_conditions(self, x_t, t, class_labels)
-        x = self.conv_in(to_fast_layout(x_t, self.conv_out, x_t.shape[2] * x_t.shape[3]))
-        skips, recompute = [x], self.gradient_checkpointing and torch.is_grad_enabled()
-        for down in self.down_blocks:
-            x = down(x, emb, skips, recompute)
-        x = self.mid_block(x, emb, recompute)
-        for up in self.up_blocks:
-            x = up(x, emb, skips, recompute)
-        x = self.conv_out(silu(self.conv_norm_out(x)))
-        return x.contiguous() if x_t.is_contiguous() else x
-
-    def check_images(self, x: Tensor) -> None:
-        "Raise `ValueError` where the network cannot read images shaped like `x`."
-        channels, factor = self.config["in_channels"], 2 ** (len(self.down_blocks) - 1)
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"x_t must be (b, {channels}, h, w), got {tuple(x.shape)}")
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"height and width of x_t must be divisible by {factor}, got {tuple(x.shape[2:])}")
+        return self.denoise(x_t, embed_conditions(self, x_t, t, class_labels))
 
     @classmethod
     def from_preset(cls, name: str, generator: torch.Generator | None = None, **changes) -> "UNet":
@@ -426,8 +437,6 @@ _improved = dict(
     up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=64, attn_norm_num_groups=32, resnet_time_scale_shift="scale_shift", dropout=0.3,
 )  # fmt: skip
-
-# %% ../nbs/09_unet.ipynb #37
 _imagenet = dict(batch_size=256, lr=1e-4, warmup=0, ema=0.9999, flip=True)
 _improved_training, _adm64_training = dict(steps=500_000, batch_size=128), dict(steps=540_000, batch_size=2048, lr=3e-4)
 _halved = _adm(512, 256, (0.5, 1, 1, 2, 2, 4, 4), 2, time_embedding_dim=1024)
