@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inpaint', 'InpaintNet']
 
-# %% ../nbs/35_glide.ipynb #ec511a33
+# %% ../nbs/35_glide.ipynb #ad2832a9
 import copy
 import itertools
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def given_known(data: MixtureData, known: Bool[Tensor, "d"], x: Float[Tensor, "d
     means = means[:, new] + einsum(gain, off, "k i j, k j -> k i")
     return MixtureData(weights.clamp(min=1e-300), means, (rest + rest.mT) / 2)
 
-# %% ../nbs/35_glide.ipynb #63557290
+# %% ../nbs/35_glide.ipynb #030e0d00
 def renoise(x_s: Float[Tensor, "b ..."], a_s: Tensor, a_t: Tensor, generator: torch.Generator | None = None) -> Tensor:
     "Return `x_s`, at the level alpha_bar = `a_s`, noised up to the level `a_t`: a draw from q(x_t | x_s)."
     if not 0 <= a_t <= a_s <= 1:
@@ -53,7 +53,7 @@ def renoise(x_s: Float[Tensor, "b ..."], a_s: Tensor, a_t: Tensor, generator: to
     ratio = (a_t / a_s).to(x_s.device)
     return ratio.sqrt().to(x_s) * x_s + (1 - ratio).sqrt().to(x_s) * randn(x_s.shape, x_s, generator)
 
-# %% ../nbs/35_glide.ipynb #8c5147c7
+# %% ../nbs/35_glide.ipynb #afc32d0a
 def check_edit(m: DDPM, image: Tensor, mask: Tensor | None, strength: float, resample: int) -> Tensor:
     "Return `mask` as booleans shaped like `image`; `ValueError`, naming the argument, for what does not fit."
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim < 2:
@@ -75,7 +75,7 @@ def reads_mask(net) -> bool:
         net = getattr(net, "net", None)
     return net is not None
 
-# %% ../nbs/35_glide.ipynb #b8bf6dfd
+# %% ../nbs/35_glide.ipynb #77959cb0
 def inpaint(
     m: DDPM, image: Float[Tensor, "b ..."], mask: Tensor | None = None, *, strength: float = 1.0, resample: int = 1,
     sampler: str = "ancestral", steps: int | None = None, eta: float = 0.0, cond: dict | None = None,
@@ -94,14 +94,15 @@ def inpaint(
     first = len(plan.t) - max(1, round(strength * len(plan.t)))
     rows = torch.arange(first, len(plan.t)).repeat_interleave(resample)
     levels = torch.cat([m.s.alpha_bar[plan.t.to(m.s.beta.device)], m.s.alpha_bar.new_ones(1)])
-    one, mask, counter = levels[-1], mask.to(x0.device), itertools.count(1)
+    one, mask, counter, known = levels[-1], mask.to(x0.device), itertools.count(1), not mask.all()
     if reads_mask(m.net):
         cond = (cond or {}) | dict(known=x0, mask=mask[:, :1].to(x0))
 
     def edit(t, x, x0_hat):
         k = next(counter)
         level = levels[rows[k - 1] + 1]
-        x.copy_(torch.where(mask, x, renoise(x0, one, level, generator)))
+        if known:
+            x.copy_(torch.where(mask, x, renoise(x0, one, level, generator)))
         if k < len(rows) and k % resample:
             x.copy_(renoise(x, level, levels[rows[k - 1]], generator))
         if callback is not None:
@@ -111,7 +112,7 @@ def inpaint(
     plan = Plan(*(None if column is None else column[rows.to(column.device)] for column in plan))
     return run_plan(m, plan, x.to(x0), generator, cond, clip, progress, edit, len(x))
 
-# %% ../nbs/35_glide.ipynb #30fb8327
+# %% ../nbs/35_glide.ipynb #983ed22a
 class InpaintNet(nn.Module):
     """A copy of `net` that also reads known pixels and a mask: `net(x_t, t, known=None, mask=None, **cond)`.
 
@@ -143,7 +144,7 @@ class InpaintNet(nn.Module):
         known = torch.zeros_like(x_t) if known is None else known.to(x_t) * (1 - mask)
         return self.net(torch.cat([x_t, known, mask], dim=1), t, **cond)
 
-# %% ../nbs/35_glide.ipynb #8bf98b70
+# %% ../nbs/35_glide.ipynb #5cd64cb9
 def random_masks(n: int, h: int, w: int, generator: torch.Generator | None = None) -> Float[Tensor, "n 1 h w"]:
     "Return masks to train with: 1 inside a random rectangle, which in a fifth of them is the image, and 0 outside."
     device = None if generator is None else generator.device
@@ -155,18 +156,18 @@ def random_masks(n: int, h: int, w: int, generator: torch.Generator | None = Non
         masks = masks * ((place > low) & (place < high))
     return torch.where(u[4] < 0.2, 1.0, masks.float()).expand(n, 1, h, w)
 
-# %% ../nbs/35_glide.ipynb #7c305a7c
+# %% ../nbs/35_glide.ipynb #e20b92b6
 def info_nce(pictures: Float[Tensor, "n d"], texts: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     "Return the symmetric InfoNCE loss of n pairs, in nats: `pictures[i]` belongs to `texts[i]`. Radford et al. 2021."
     scores, own = pictures @ texts.T, torch.arange(len(pictures), device=pictures.device)
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
-# %% ../nbs/35_glide.ipynb #41f6b064
+# %% ../nbs/35_glide.ipynb #4e84d368
 class NoisedClip(nn.Module):
     """A CLIP for noisy pictures of `pixels` numbers: `clip(x_t, t, caption)` is the dot product of two vectors, (b,).
 
-    Its gradient is that of log p(caption | x_t): a `log_prob` for `classifier_guided`. A `TextEncoder` over `words` reads
-    the captions, a perceptron the pictures and t. Source: Nichol et al. 2022 (GLIDE), section 2.3.
+    Its gradient is that of log p(caption | x_t): a `log_prob` for `classifier_guided`. A `TextEncoder` over `words`
+    reads the captions, a perceptron the pictures and t. Source: Nichol et al. 2022 (GLIDE), section 2.3.
     """
 
     def __init__(self, words, length: int, pixels: int, width: int = 64, hidden: int = 256, generator=None):
@@ -192,7 +193,7 @@ class NoisedClip(nn.Module):
     def forward(self, x_t: Float[Tensor, "b ..."], t, caption) -> Float[Tensor, "b"]:
         return einsum(self.pictures(x_t, t), self.texts(caption), "b d, b d -> b")
 
-# %% ../nbs/35_glide.ipynb #4e9fc3e7
+# %% ../nbs/35_glide.ipynb #6fa68d16
 def read_pictures(image: Path, mask: Path | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
     "Return a picture file in the range of networks, and its mask as booleans, white for True; both at `shape`."
     arrays = []
@@ -242,9 +243,8 @@ class EditedSampling(Sampling):
             return Sampling(**plain).draw(m, n, batch, callback, cond)
         image, mask = read_pictures(self.picture, self.mask, m.image_shape)
         image, count = image.expand(n, *m.image_shape).to(m.device), itertools.count(1)
-        options = dict(
-            strength=self.strength, resample=self.resample, sampler=self.sampler, steps=self.steps, eta=self.eta
-        )
+        options = dict(strength=self.strength, resample=self.resample, sampler=self.sampler, steps=self.steps)
+        options["eta"] = self.eta
         options |= dict(generator=batch_generator(self.seed, batch, m.device), cond=cond, progress=self.progress)
         if callback is not None:
             callback(0, image)
@@ -252,7 +252,7 @@ class EditedSampling(Sampling):
         with autocast(self.precision, m.device):
             return to_pixels(inpaint(m, image, mask, **options)).cpu()
 
-# %% ../nbs/35_glide.ipynb #e46c2d85
+# %% ../nbs/35_glide.ipynb #080b4366
 @dataclass(frozen=True)
 class EditOptions:
     "Options of `sample`: a prompt, and a picture to begin with."
