@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint export notebooks ablation guidance mutants bench bench-gpu clean
+.PHONY: help install demo test quick lint export notebooks ablation improved solvers guidance models mutants bench bench-gpu clean
 
 help: ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -22,6 +22,9 @@ demo: install ## train on real digits and write samples: a minute or two on two 
 
 # Where other work shares the cores, threads that wait actively slow each other down many times over.
 test quick notebooks: export OMP_WAIT_POLICY = PASSIVE
+
+# No test needs the Hub: without a network, huggingface_hub would try for half a minute before it says so.
+test quick notebooks: export HF_HUB_OFFLINE = 1
 
 # Files of tests, and chapters, side by side: one on each core takes less time than one after the other on all of them.
 test quick: export OMP_NUM_THREADS = 1
@@ -53,14 +56,26 @@ notebooks: export ## run the chapters again and store what they show; NB=nbs/02_
 	$(BIN)/nbdev_export  # once more: an export names its cells, and normalising numbers them
 
 ablation: install ## train what is missing in nbs/21_ablation.jsonl, the table of chapter 21: most of an hour for all
-	mkdir -p build
-	$(BIN)/jupytext --quiet --to py:percent --output build/ablation.py nbs/21_ablation.ipynb
-	cd nbs && ABLATION=1 MPLBACKEND=agg ../$(BIN)/python ../build/ablation.py
+	$(call as_program,21_ablation)
+
+improved: install ## the same for nbs/30_improved.jsonl, the table of chapter 30: half an hour
+	$(call as_program,30_improved)
+
+solvers: install ## the same for nbs/31_solvers.jsonl, the table of chapter 31: a quarter of an hour
+	$(call as_program,31_solvers)
 
 guidance: install ## train what nbs/32_guidance.jsonl, the table of chapter 32, is made of: ten minutes
+	$(call as_program,32_guidance)
+
+# A chapter, run as a program that fills its table and stops; interrupted, it resumes.
+define as_program
 	mkdir -p build
-	$(BIN)/jupytext --quiet --to py:percent --output build/guidance.py nbs/32_guidance.ipynb
-	cd nbs && GUIDANCE=1 MPLBACKEND=agg ../$(BIN)/python ../build/guidance.py
+	$(BIN)/jupytext --quiet --to py:percent --output build/$(1).py nbs/$(1).ipynb
+	cd nbs && TABLE=1 MPLBACKEND=agg ../$(BIN)/python ../build/$(1).py
+endef
+
+models: install ## train the small models that ship with the package, where models/ lacks one: ARGS=digits for one
+	OMP_NUM_THREADS=1 $(BIN)/python tools/models.py $(ARGS)
 
 mutants: install ## change one symbol of an exported cell at a time, and list the changes that nobody notices: ten minutes
 	$(BIN)/python tools/mutants.py $(ARGS)

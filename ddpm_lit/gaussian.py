@@ -42,8 +42,10 @@ class Gaussian(NamedTuple):
 
     def kl(self, other: "Gaussian") -> Float[Tensor, "..."]:
         "Return KL(self ‖ other) of every entry, in nats; needs both variances positive."
-        excess = self.var / other.var - 1
-        return 0.5 * (excess - excess.log1p() + (self.mean - other.mean) ** 2 / other.var)
+        ratio = self.var / other.var
+        excess = ratio - 1
+        log_ratio = torch.where(ratio > 0.01, excess.clamp(min=-0.995).log1p(), ratio.log())
+        return 0.5 * (excess - log_ratio + (self.mean - other.mean) ** 2 / other.var)
 
     def affine(self, scale, shift=0.0, noise_var=0.0) -> "Gaussian":
         "Return the distribution of `scale * x + shift + noise`, with x from `self` and independent noise."

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from ddpm_lit.files import CachedSamples, as_path, atomic_write, printable, remove_folder, save_npz
 from ddpm_lit.forward import as_integer
 
-
+# %% ../nbs/13_images.ipynb #11
 def describe_value(value: object) -> str:
     "Return what a value is, for error messages: dtype and shape of an array, else its type; and that it is no tensor."
     kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
@@ -48,7 +48,7 @@ def check_images(pixels: Tensor, labels: Tensor | None = None, captions: tuple[s
         if not isinstance(caption, str):
             raise ValueError(f"captions must be texts, but caption {i} is {describe_value(caption)}")
 
-# %% ../nbs/13_images.ipynb #12
+# %% ../nbs/13_images.ipynb #13
 def describe_images(name: str, n: int, shape: tuple[int, int, int], classes: Sequence[str] = (), captions=None) -> str:
     "Return one line: name, how many images, height and width, grey or RGB, how many classes, whether with captions."
     c, h, w = shape
@@ -70,22 +70,16 @@ def as_indices(
         raise ValueError(f"indices must be whole numbers from 0 to {n - 1}{at_least}; got {describe_value(indices)}")
     return torch.from_numpy(array.astype(np.int64) % n)
 
-# %% ../nbs/13_images.ipynb #14
+# %% ../nbs/13_images.ipynb #15
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of 8 bits in memory, grey (one channel) or RGB (three), with a label and a caption each, if any.
-
-    Raises `ValueError` for pixels of another type or shape, labels that are not int64 (n,), and captions that are not
-    n texts.
-    """
+    "Images of 8 bits in memory, grey or RGB, with a label and a caption each if there are any; see `check_images`."
 
     pixels: UInt8[Tensor, "n c h w"]
     labels: Int64[Tensor, "n"] | None = None
     name: str = "images"
-    classes: tuple[str, ...] = ()
-    "names of the labels 0, 1, …"
+    classes: tuple[str, ...] = ()  # names of the labels 0, 1, …
     captions: tuple[str, ...] | None = None
-    "a text for each image"
 
     def __post_init__(self):
         check_images(self.pixels, self.labels, self.captions)
@@ -116,7 +110,7 @@ class Images:
     def __repr__(self):
         return f"Images({describe_images(self.name, len(self), self.shape, self.classes, self.captions)})"
 
-# %% ../nbs/13_images.ipynb #20
+# %% ../nbs/13_images.ipynb #21
 def to_network(pixels: UInt8[Tensor, "..."], dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     """Return pixels 0 … 255 as the network reads them: floats -1 … 1 of type `dtype` (Ho et al. 2020, section 3.3).
 
@@ -136,7 +130,7 @@ def to_pixels(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
         raise ValueError(f"x must be floating point in [-1, 1], got {describe_value(x)}")
     return ((x.to(torch.promote_types(x.dtype, torch.float32)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/13_images.ipynb #23
+# %% ../nbs/13_images.ipynb #24
 def format_bytes(size: int) -> str:
     "Return a number of bytes in words."
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
@@ -168,7 +162,7 @@ def to_batch(
     x = to_network(x)
     return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
-# %% ../nbs/13_images.ipynb #26
+# %% ../nbs/13_images.ipynb #27
 def check_unambiguous(shape: tuple[int, int, int]) -> None:
     "Raise `ValueError` for a `shape` (n, h, w) that may as well be one image with its channels last, or first."
     a, b, c = shape
@@ -194,7 +188,7 @@ def channels_first(array: np.ndarray, n: int | None = None) -> UInt8[Tensor, "n 
     pattern = "n h w -> n 1 h w" if array.ndim == 3 else "n c h w -> n c h w" if first else "n h w c -> n c h w"
     return torch.from_numpy(np.ascontiguousarray(rearrange(array, pattern)))
 
-# %% ../nbs/13_images.ipynb #28
+# %% ../nbs/13_images.ipynb #29
 def load_array(path: Path) -> Images:
     """Read the images of a `.npy` file, or `images` of a `.npz` file, with `labels` and `captions` where it has them.
 
@@ -222,7 +216,7 @@ def load_array(path: Path) -> Images:
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {error}") from error
 
-# %% ../nbs/13_images.ipynb #31
+# %% ../nbs/13_images.ipynb #32
 def load_digits() -> Images:
     "Load scikit-learn's 1,797 handwritten digits, 8×8; their 17 grey levels v become round(v·255/16)."
     from sklearn import datasets
@@ -245,7 +239,7 @@ def load_mnist5k() -> Images:
 
 NAMED = {"digits": load_digits, "mnist5k": load_mnist5k}
 
-# %% ../nbs/13_images.ipynb #34
+# %% ../nbs/13_images.ipynb #35
 GRID = "ddpm_lit grid"  # in the metadata of pictures that show several images
 
 
@@ -267,7 +261,7 @@ def image_grid(
     grid = grid[: len(grid) - gap, : grid.shape[1] - gap]
     return (grid if grid.shape[2] == 3 else grid[..., 0]).numpy()
 
-# %% ../nbs/13_images.ipynb #36
+# %% ../nbs/13_images.ipynb #37
 def show(images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, title: str = "", ax=None):
     "Draw the images in a grid with matplotlib, on `ax` or on a figure of its own, and return the axes."
     import matplotlib.pyplot as plt
@@ -281,7 +275,7 @@ def show(images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, 
     ax.set_title(title)
     return ax
 
-# %% ../nbs/13_images.ipynb #39
+# %% ../nbs/13_images.ipynb #40
 def save_grid(path, images: Images | UInt8[Tensor, "n c h w"], columns: int | None = None, side: int = 64) -> None:
     "Write the images in a grid as a PNG file, enlarged by the integer factor that makes them nearest to `side` pixels."
     from PIL import Image
@@ -296,7 +290,7 @@ def save_grid(path, images: Images | UInt8[Tensor, "n c h w"], columns: int | No
     enlarged = repeat(grid, "h w ... -> (h a) (w b) ...", a=factor, b=factor)
     Image.fromarray(enlarged).save(path, format="PNG", pnginfo=mark)
 
-# %% ../nbs/13_images.ipynb #42
+# %% ../nbs/13_images.ipynb #43
 def save_animation(path, frames: UInt8[Tensor, "k n c h w"]) -> None:
     """Write k frames of n images: as a GIF if `path` ends in .gif (10 frames a second, the last for two), else a strip.
 
@@ -318,7 +312,7 @@ def save_animation(path, frames: UInt8[Tensor, "k n c h w"]) -> None:
         options = dict(save_all=True, append_images=opened, duration=duration, loop=0, comment=GRID)
         next(opened).save(temporary, format="GIF", **options)
 
-# %% ../nbs/13_images.ipynb #46
+# %% ../nbs/13_images.ipynb #47
 def record_trajectory(draw: Callable, batches: int, every: int, steps: int) -> UInt8[Tensor, "k n c h w"]:
     """Return the images of all `batches` at the start, after each `every` of `steps` steps, and at the end.
 
@@ -337,7 +331,7 @@ def record_trajectory(draw: Callable, batches: int, every: int, steps: int) -> U
         draw(i, record)
     return torch.stack([torch.cat(images) for images in frames.values()])
 
-# %% ../nbs/13_images.ipynb #49
+# %% ../nbs/13_images.ipynb #50
 def save_samples(output: str, path: Path, cache: CachedSamples, rows: int = 1) -> None:
     """Write the batches of `cache` to `path`, as an array or a grid, and remove them; PNG files stay as they are.
 
@@ -354,7 +348,7 @@ def save_samples(output: str, path: Path, cache: CachedSamples, rows: int = 1) -
     if output != "png":
         remove_folder(cache.folder)
 
-# %% ../nbs/13_images.ipynb #52
+# %% ../nbs/13_images.ipynb #53
 def track_picture(accelerator, picture: UInt8[np.ndarray, "..."], step: int) -> None:
     "Write a picture, grey (h, w) or RGB (h, w, 3), beside the curves of a run."
     batch = picture[None] if picture.ndim == 3 else picture[None, ..., None]

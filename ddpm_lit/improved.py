@@ -40,7 +40,7 @@ def hybrid_loss(
     p = Gaussian(q_posterior(m.s, x0_hat, x_t, t).mean, reverse_variance(m.s, "learned", x_t, t, v))
     return simple + vlb_coef * m.s.T * bits_per_dim(bound_term(m.s, p, x0, x_t, t), x0).mean()
 
-# %% ../nbs/30_improved.ipynb #34
+# %% ../nbs/30_improved.ipynb #37
 class TermHistory:
     "The last `size` values of each of the T terms of the bound, and the probabilities of t that follow from them."
 
@@ -75,7 +75,7 @@ class TermHistory:
         self.terms.copy_(state["terms"])
         self.counts.copy_(state["counts"])
 
-# %% ../nbs/30_improved.ipynb #36
+# %% ../nbs/30_improved.ipynb #39
 class ImportanceBound(TermHistory):
     """The bound as a loss like `bound_loss`, for which t is drawn by importance.
 

@@ -20,7 +20,6 @@ from einops import repeat
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-# %% ../nbs/15_loading.ipynb #9
 from ddpm_lit.captions import column_captions
 from ddpm_lit.decoding import (
     BrokenImages,
@@ -34,6 +33,8 @@ from ddpm_lit.decoding import (
     to_planes,
 )
 from ddpm_lit.emoji import load_emoji
+
+# %% ../nbs/15_loading.ipynb #9
 from ddpm_lit.files import as_path, digest, printable
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import (
@@ -108,15 +109,14 @@ def decode_all(
 
 # %% ../nbs/15_loading.ipynb #16
 class StoredImages:
-    """Images that stay encoded in their `source`, and are decoded to `shape`, (c, h, w), when they are read.
-
-    One that cannot be used is replaced by the next that can, with a warning; ValueError beyond `broken.limit` of them.
+    """Images that stay encoded in their `source` and are decoded to `shape`, (c, h, w), when they are read; one that
+    cannot be used is replaced by the next that can, with a warning; `ValueError` beyond `broken.limit` of them.
     """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int], size, broken: BrokenImages):
         self.source, self.shape, self.size = source, shape, size
-        self.name, self.labels, self.classes = source.name, source.labels, source.classes
-        self.captions = source.captions
+        self.name, self.classes = source.name, source.classes
+        self.labels, self.captions = source.labels, source.captions
         self.broken = replace(broken, limit=min(broken.limit, len(source) - 1))  # the record stays the same dict
 
     def __len__(self) -> int:
@@ -223,11 +223,11 @@ def load_images(
 ) -> Images | StoredImages:  # fmt: skip
     """Load images, in memory (`Images`) where they fit, else `StoredImages`; grey if all of them are, else RGB.
 
-    `source`: digits, mnist5k, emoji; a folder of images, whose sub-folders are classes, and whose captions are in
+    `source`: digits, mnist5k, emoji; a folder of images, whose sub-folders are classes and whose captions are in
     metadata.jsonl, metadata.csv or name.txt beside name.png; a .npy, .npz or .parquet file; a folder of parquet files;
-    mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub.
-    `size`: crop to the centre and resize to this height and width. `split`: the part of a Hub data set, or of a folder
-    that has several; by default train. `stream`: read tables row by row, without a copy on disk. `n`: only the first n
+    mnist, cifar10, … or "owner/name" or "owner/name:config" on the Hugging Face Hub. `size`: crop to the centre and
+    resize to this height and width. `split`: the part of a Hub data set, or of a folder that has several, by default
+    train; or of emoji, by default all. `stream`: read tables row by row, without a copy on disk. `n`: only the first n
     images. `max_broken`: images that may be broken and left out; by default one in a hundred, and at least 10.
     `memory`: bytes that the pixels may take; by default half of what is free. One warning counts all that is not read.
     Raises `ValueError` naming what is wrong.
@@ -244,7 +244,7 @@ def load_images(
     if clash:
         warnings.warn(clash, stacklevel=2)
     if known and text == "emoji":
-        return first_images(load_emoji(max(size or (32,)), split), size, n)
+        return first_images(load_emoji(max(size or (32,)), split, progress), size, n)
     if known and text in NAMED or path.suffix.lower() in (".npy", ".npz") and not os.path.isdir(path):
         check_split(path, split)
         return first_images(NAMED[text]() if known else load_array(path), size, n)
@@ -391,14 +391,13 @@ def read_ahead(batches: "ImageBatches") -> Iterator:
 
 # %% ../nbs/15_loading.ipynb #39
 class ImageBatches(BatchOrder, BatchMaker):
-    """An endless stream of batches x (batch_size, c, h, w) in [-1, 1] on `device`; with `labels`, of pairs (x, y); with
-    `captions`, of (x, texts) or (x, y, texts).
+    """An endless stream of batches x (batch_size, c, h, w) in [-1, 1] on `device`; of (x, y) or (x, texts).
 
     Each epoch has its own order, fixed by `seed`; `flip` mirrors half of the images left to right. From entry `start`
     on, the stream is cut into pieces of batch_size times processes; `process`, (rank, processes), takes its part.
     The pixels live on the device if they fit (`resident` decides otherwise), or are read by so many `workers` (0: by
-    this process, as well if they fail): the same batches, bit for bit. y is int64 (b,), or None without labels; `texts`
-    is a list of b captions, or None without captions.
+    this process, as well if they fail): the same batches, bit for bit. With `labels` there is y, int64 (b,), and with
+    `captions` texts, a list of b; None where the images have none.
     """
 
     def __init__(

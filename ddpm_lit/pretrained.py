@@ -9,6 +9,7 @@ __all__ = []
 import contextlib
 import copy
 import functools
+import importlib.resources
 import itertools
 import json
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ddpm_lit.conditional import ConditionalUNet
 from ddpm_lit.ddpm import DDPM, one_of
 from ddpm_lit.files import as_path, as_plain, atomic_folder, model_folder, read_json, write_json
 from ddpm_lit.forward import Schedule, linear_schedule, schedule_by_name
@@ -142,13 +144,17 @@ def check_fit(path: Path, tensors: dict[str, Tensor], net: nn.Module) -> None:
         raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(faults[:3])}{more}")
 
 
-def load_unet(folder: Path) -> UNet:
-    "Read the `UNet` of a folder with config.json and weights; `ValueError` names what is missing or does not fit."
+NETWORKS = {"UNet2DModel": UNet, "UNet2DConditionModel": ConditionalUNet}  # by diffusers' names
+
+
+def load_unet(folder: Path) -> UNet | ConditionalUNet:
+    "Read the network of a folder with config.json and weights; `ValueError` names what is missing or does not fit."
     config = read_json(folder / "config.json")
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"{folder / 'config.json'} must describe a UNet2DModel, got {config['_class_name']}")
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind not in NETWORKS:
+        raise ValueError(f"{folder / 'config.json'} must describe a {' or a '.join(NETWORKS)}, got {kind}")
     with torch.device("meta"):
-        net = UNet(**{name: value for name, value in config.items() if not name.startswith("_")})
+        net = NETWORKS[kind](**{name: value for name, value in config.items() if not name.startswith("_")})
     path, tensors = read_weights(folder)
     check_fit(path, tensors, net)
     net.load_state_dict(tensors, assign=True)
@@ -165,17 +171,18 @@ def json_config(net: nn.Module) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def unet_shapes(config: str) -> dict[str, torch.Size]:
-    "Return the shapes of the state of a `UNet` with the configuration in a JSON text."
+def unet_shapes(kind: type, config: str) -> dict[str, torch.Size]:
+    "Return the shapes of the state of a network of this `kind` with the configuration in a JSON text."
     with torch.device("meta"):
-        return {name: x.shape for name, x in UNet(**json.loads(config)).state_dict().items()}
+        return {name: x.shape for name, x in kind(**json.loads(config)).state_dict().items()}
 
 
 def is_plain_unet(net) -> bool:
-    "Return whether `net` is a `UNet` that its configuration can build again, layer by layer."
-    if type(net) is not UNet or json_config(net).keys() != net.config.keys():
+    "Return whether `net` is one of `NETWORKS` that its configuration can build again, layer by layer."
+    if type(net) not in NETWORKS.values() or json_config(net).keys() != net.config.keys():
         return False
-    return unet_shapes(json.dumps(json_config(net))) == {name: x.shape for name, x in net.state_dict().items()}
+    shapes = {name: x.shape for name, x in net.state_dict().items()}
+    return unet_shapes(type(net), json.dumps(json_config(net))) == shapes
 
 
 def check_state(net) -> None:
@@ -200,8 +207,9 @@ def model_files(m: DDPM) -> tuple[str, dict[str, dict]]:
         if m._shape is not None:
             config["sample_size"] = m._shape[1] if m._shape[1] == m._shape[2] else list(m._shape[1:])
         index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-        files = {"unet/config.json": {"_class_name": "UNet2DModel"} | config} | scheduler
-        return f"unet/{WEIGHTS}", files | {"model_index.json": index | {"unet": ["diffusers", "UNet2DModel"]}}
+        kind = next(name for name, network in NETWORKS.items() if type(m.net) is network)
+        files = {"unet/config.json": {"_class_name": kind} | config} | scheduler
+        return f"unet/{WEIGHTS}", files | {"model_index.json": index | {"unet": ["diffusers", kind]}}
     kind = type(m.net)
     rebuild = f"DDPM.from_pretrained(folder, net={kind.__qualname__}(...))"
     own = {"_class_name": f"{kind.__module__}.{kind.__qualname__}", "image_shape": m._shape, "rebuild": rebuild}
@@ -248,9 +256,9 @@ def check_config_of(net, config: dict, source, free=("dropout", "sample_size"), 
 
 
 def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
-    "Copy the weights of a `UNet` into `net`; a `UNet` must have its configuration."
+    "Copy the weights of a `UNet` or `ConditionalUNet` into `net`; one of these must have its configuration."
     unet = load_unet(folder)
-    if isinstance(net, UNet):
+    if isinstance(net, tuple(NETWORKS.values())):
         check_config_of(net, json_config(unet), folder)
     return _fill(net, folder, unet.state_dict())
 
@@ -276,15 +284,13 @@ def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
 
 # %% ../nbs/12_pretrained.ipynb #28
 def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
-    """Read a DDPM from a folder, or download it by its Hub id; on the CPU, in eval mode; half precision as float32.
+    """Read a DDPM: a folder, a model that ships with the package, or a Hub id; in eval mode; half precision as float32.
 
     Network and scheduler may lie in `unet/` and `scheduler/`, or both in the folder itself. `net` is the network of
     your own to fill; without it, it is a `UNet`. `ValueError` names the file that is missing or broken, the field that
     is not implemented, or the weight that does not fit. Nothing in a file is executed.
     """
-    folder = as_path(source)
-    if not folder.is_dir():
-        folder = download_model(str(source))
+    folder = find_model(source) or download_model(str(source))
     if (folder / "checkpoints").is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is the folder of a run, not of a model: its newest model is {model_folder(folder)}")
     nested, own = ((folder / part).is_dir() for part in ("unet", "net"))
@@ -303,6 +309,56 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
     return m.eval()
 
 # %% ../nbs/12_pretrained.ipynb #35
+def shipped_models() -> dict[str, Path]:
+    "Return the folders of the models that ship with the package, by name: in the package, or beside it in a clone."
+    package = Path(str(importlib.resources.files("ddpm_lit")))
+    places = [package, package.parent] if (package.parent / "settings.ini").is_file() else [package]
+    recipes = [path for place in places for path in sorted(place.glob("models/*/recipe.json"))]
+    return {path.parent.name: path.parent for path in recipes}
+
+
+def find_model(source) -> Path | None:
+    "Return the folder `source`, or that of the model of this name that ships with the package; None without either."
+    folder, shipped = as_path(source), shipped_models().get(str(source))
+    if shipped is None or not folder.is_dir():
+        return folder if folder.is_dir() else shipped
+    mine = any((folder / name).exists() for name in ("model_index.json", "config.json", "checkpoints", "model"))
+    chosen, other = ("the folder here", shipped) if mine else ("the model of ddpm_lit", f"./{source}, which holds none")
+    warnings.warn(f"model {str(source)!r} is read as {chosen}, not {other}", stacklevel=3)
+    return folder if mine else shipped
+
+# %% ../nbs/12_pretrained.ipynb #38
+def shipped_recipe(name: str) -> dict:
+    "Return the recipe of a model that ships with the package: its settings, and what was measured."
+    return read_json(shipped_models()[name] / "recipe.json")
+
+
+class ResultTable:
+    "Results of a long command, in a file beside its chapter: a line for each; the first line says how they were made."
+
+    def __init__(self, name: str, **made_by):
+        nbs = Path(str(importlib.resources.files("ddpm_lit"))).parent / "nbs"
+        places = [Path(name), nbs / name, *Path().glob(f"*/nbs/{name}")]  # in whatever folder Jupyter was started
+        self.path, self.made_by = next((path for path in places if path.exists()), Path(name)), made_by
+
+    def rows(self, **key) -> list[dict]:
+        "Return the rows that agree with `key`; raise `ValueError` where they were made with other settings."
+        if not self.path.exists():
+            return []
+        made_by, *rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        if not self.made_by.items() <= made_by.items():
+            command = self.made_by.get("command")
+            raise ValueError(f"{self.path} was made with {made_by}: remove it, and run `{command}`")
+        return [row for row in rows if key.items() <= row.items()]
+
+    def add(self, **row) -> None:
+        "Append a row, and print it."
+        first = [] if self.path.exists() else [self.made_by]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in [*first, row]))
+        print(row, flush=True)
+
+# %% ../nbs/12_pretrained.ipynb #41
 def download_model(name: str) -> Path:
     "Return the local copy of the Hub model `name`, with the files that `load_ddpm` reads; else `ValueError`."
     with warnings.catch_warnings():
@@ -320,12 +376,12 @@ def download_model(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name!r} is not a folder, and cannot be downloaded from the Hub: {error}") from error
 
-# %% ../nbs/12_pretrained.ipynb #38
+# %% ../nbs/12_pretrained.ipynb #44
 def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
-# %% ../nbs/12_pretrained.ipynb #41
+# %% ../nbs/12_pretrained.ipynb #47
 def write_checkpoint(folder: Path, ema: DDPM, state: dict, metadata: dict) -> None:
     "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
     from safetensors.torch import save_file

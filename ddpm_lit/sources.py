@@ -340,15 +340,9 @@ class ImageTable(ImageSource):
             table = table.cast_column(self.column, datasets.Image(decode=False))
         self.table = table.select_columns([self.column, *filter(None, [self.label_column, self.caption_column])])
 
-    @functools.cached_property
-    def labels(self) -> Int64[Tensor, "n"] | None:
-        "The labels, where there are any."
-        return column_labels(self.table[self.label_column]) if self.label_column else None
-
-    @functools.cached_property
-    def captions(self) -> tuple[str, ...] | None:
-        "The captions, where there are any."
-        return column_captions(self.table[self.caption_column]) if self.caption_column else None
+    # read when they are first wanted; None where there is no such column
+    labels = functools.cached_property(lambda s: s.label_column and column_labels(s.table[s.label_column]))
+    captions = functools.cached_property(lambda s: s.caption_column and column_captions(s.table[s.caption_column]))
 
     def __len__(self) -> int:
         return len(self.table)

@@ -44,7 +44,7 @@ class _Block(nn.Module):
 
     @staticmethod
     def run(layer: nn.Module, x: Tensor, emb: Tensor, context: tuple, recompute: bool) -> Tensor:
-        "Return the output of `layer`, given `emb` or `context` if it reads one; `recompute` then checkpoints gradients."
+        "Return the output of `layer`, given `emb` or `context` if it reads one; `recompute` checkpoints gradients."
         if not (reads_context := getattr(layer, "reads_context", False)) and not isinstance(layer, ResidualBlock):
             return layer(x)
         return run_block(layer, x, *(context if reads_context else (emb,)), gradient_checkpointing=recompute)
@@ -199,7 +199,7 @@ def build_self_attention(config: dict, kind: str, level: int) -> nn.Module:
     head_dim = (config["attention_head_dim"] or width) if attends else None
     return build_attention(width, head_dim, groups, config["norm_eps"])
 
-# %% ../nbs/09_unet.ipynb #61af0a35
+# %% ../nbs/09_unet.ipynb #21
 def build_encoder(config: dict, skips: list[int], attention: Callable = build_self_attention) -> nn.ModuleList:
     "Downsampling levels, fine to coarse; each appends the channel counts of its skip connections to `skips`."
     levels, widths, block = nn.ModuleList(), config["block_out_channels"], block_config(config)
@@ -227,7 +227,7 @@ def build_decoder(config: dict, skips: list[int], attention: Callable = build_se
         levels.append(UpBlock(inputs, width, partial(attention, config, kind, level), upsampler, **block))
     return levels
 
-# %% ../nbs/09_unet.ipynb #23
+# %% ../nbs/09_unet.ipynb #24
 def expand_timesteps(x: Tensor, t: int | Tensor) -> Int[Tensor, "b"]:
     "Return `t` as one integer for each image of `x`; `ValueError` for anything else."
     t = torch.as_tensor(t, device=x.device)
@@ -253,7 +253,7 @@ def check_labels(config: dict, x: Tensor, labels: Tensor | None) -> None:
         if not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"class_labels must lie in 0 … {classes - 1}, got {labels.min()} … {labels.max()}")
 
-# %% ../nbs/09_unet.ipynb #25
+# %% ../nbs/09_unet.ipynb #26
 def build_class_embedding(config: dict) -> nn.Module | None:
     "Return the module that embeds a class label like the time; None for a network without classes."
     first, width = config["block_out_channels"][0], block_config(config)["emb_channels"]
@@ -282,7 +282,7 @@ def class_condition(net: Callable, labels: Tensor | None) -> dict[str, Tensor]:
         raise ValueError(f"labels must be given to a network with num_class_embeds={classes}, got None")
     return {} if classes is None else {"class_labels": labels}
 
-# %% ../nbs/09_unet.ipynb #27
+# %% ../nbs/09_unet.ipynb #28
 def initialise(net: nn.Module, generator: torch.Generator | None = None) -> None:
     "Set linear and convolutional layers to Xavier-uniform weights and zero biases, but those that start at zero."
     for layer in net.modules():
@@ -323,7 +323,7 @@ class _UNetLayers(nn.Module):
         check_keywords(config)
         check_numbers(config)
 
-# %% ../nbs/09_unet.ipynb #29
+# %% ../nbs/09_unet.ipynb #30
 class _Network(_UNetLayers):
     "Encoder, middle and decoder in a row; base of the networks, which say what they are conditioned on."
 
@@ -347,7 +347,7 @@ class _Network(_UNetLayers):
         if x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(f"height and width of x_t must be divisible by {factor}, got {tuple(x.shape[2:])}")
 
-# %% ../nbs/09_unet.ipynb #0ca1053f
+# %% ../nbs/09_unet.ipynb #31
 class UNet(_Network):
     """The network of the paper: `net(x_t, t, class_labels=None)` has the shape of x_t, with `out_channels` channels.
 
@@ -370,7 +370,7 @@ class UNet(_Network):
         one_of("name", name, PRESETS)
         return cls(generator=generator, **(PRESETS[name].network | changes))
 
-# %% ../nbs/09_unet.ipynb #32
+# %% ../nbs/09_unet.ipynb #34
 @dataclass(frozen=True)
 class Preset:
     "A recipe by its name: keywords of `UNet` and of `TrainConfig`, a schedule, a data set and the size of its images."
@@ -404,7 +404,7 @@ _large = dict(
     up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 )  # fmt: skip
 
-# %% ../nbs/09_unet.ipynb #33
+# %% ../nbs/09_unet.ipynb #35
 _small = dict(batch_size=64, lr=3e-3, warmup=50, ema=0.99)
 _training = dict(batch_size=64, lr=2e-5, warmup=5000, ema=0.9999)
 PRESETS = {
@@ -418,7 +418,7 @@ PRESETS = {
     "lsun256": Preset(_large, dict(_training, steps=2_400_000, flip=False), size=256),
 }
 
-# %% ../nbs/09_unet.ipynb #36
+# %% ../nbs/09_unet.ipynb #38
 def _adm(size: int, width: int, multiples: Sequence[float], blocks: int, **changes) -> dict:
     "Return the network of Dhariwal & Nichol 2021 for images of this `size`: attention at 32, 16 and 8 pixels."
     attends = [size >> level in (32, 16, 8) for level in range(len(multiples))]

@@ -18,7 +18,8 @@ from ddpm_lit.evaluation import evaluate_bpd
 from ddpm_lit.files import Checkpoints, model_folder
 from ddpm_lit.images import Images, save_grid, to_pixels
 from ddpm_lit.loading import load_images
-from ddpm_lit.metrics import ClassifierFeatures, inception_score, precision_recall
+from ddpm_lit.metrics import ClassifierFeatures, inception_score
+from ddpm_lit.neighbours import precision_recall
 from ddpm_lit.processes import this_process
 from ddpm_lit.trainer import Trainer
 
@@ -492,7 +493,7 @@ def test_evaluate_measures_both_and_shows_what_it_found(tiny, tmp_path, capsys):
     drawn, features = load_images(tmp_path / "same.npz").pixels, ClassifierFeatures(digits)
     both = features(drawn), features(digits.pixels)
     assert samples["frechet_distance"] == pytest.approx(features.distance(drawn, digits.pixels), rel=1e-6)
-    assert [samples["precision"], samples["recall"]] == pytest.approx(precision_recall(*both))
+    assert [samples["precision"], samples["recall"]] == pytest.approx(precision_recall(samples=both[0], real=both[1]))
     assert samples["inception_score"] == pytest.approx(inception_score(features.probabilities(both[0]))[0])
     real = features.distance(digits.pixels[features.test], digits.pixels)
     assert samples["frechet_distance_real"] == pytest.approx(real, rel=1e-6) and real < 1

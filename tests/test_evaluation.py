@@ -700,7 +700,9 @@ def test_statistics_of_the_real_images_are_written_and_read(measure, tmp_path, d
     first, second = (numbers(tmp_path / name)["samples"] for name in ("first", "second"))
     assert second["frechet_distance"] == pytest.approx(first["frechet_distance"], rel=1e-9)
     assert second["frechet_distance_noise"] == pytest.approx(first["frechet_distance_noise"], rel=1e-9)
-    assert set(first) - set(second) == {"precision", "recall", "precision_recall_n", "frechet_distance_real"}
+    scores = {"precision", "recall", "precision_recall_n", "density", "coverage", "coverage_perfect", "nearest_ratio"}
+    scores |= {"kernel_distance", "kernel_distance_std", "kernel_distance_subset"}
+    assert set(first) - set(second) == scores | {"frechet_distance_real"}
     assert second["data"] == str(reference) and reference.read_bytes() == written
 
     other = tmp_path / "other.npz"

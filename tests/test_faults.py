@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_lit import cli, evaluation, metrics, options, sampler, trainer
+from ddpm_lit import cli, drawing, evaluation, metrics, options, sampler, trainer
 from ddpm_lit.bound import vlb_terms
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.evaluation import evaluate_bpd
@@ -525,7 +525,7 @@ def playground(tmp_path_factory, run):
         UNet, "from_preset", lambda name, *args, **kw: real("digits", *args, **kw | small | dict(layers_per_block=1))
     )
     patch.setattr(trainer.Trainer, "fit", lambda self: torch.zeros(min(60, self.config.steps)))
-    patch.setattr(options.Sample, "write", lambda self, *_: print(self.n))
+    patch.setattr(drawing.Sample, "write", lambda self, *_: print(self.n))
     patch.setattr(sampler.Sampling, "draw", lambda self, m, n, *_: torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
     (
         patch.setattr(evaluation, "measure_bits", lambda work: None),

@@ -1,7 +1,9 @@
 """The hybrid loss and importance sampling against the formulas of the published implementation, written anew; runs."""
 
 import math
-import threading
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -191,36 +193,37 @@ def test_terms_that_are_all_zero_are_drawn_evenly():
     assert history.probabilities().tolist() == [1 / 3] * 3
 
 
-def test_two_processes_have_one_history(monkeypatch):
-    "Two threads stand for two processes; they meet where the terms are summed."
-    meeting, heard, m, results = threading.Barrier(2, timeout=60), {}, learner(4), {}
+def importance_steps(rank: int, processes: int):
+    "Return the losses of five steps of one of the processes, and what it remembers."
+    loss, draws, m = ImportanceBound(4, size=3), rng(7), learner(4)
+    parts = [images(8, seed).split(8 // processes)[rank] for seed in range(5)]
+    return [loss(m, x0, draws, (rank, processes)).item() for x0 in parts], loss.state_dict()
 
-    def all_reduce_sum(x):
-        heard[threading.get_ident()] = x
-        meeting.wait()
-        total = sum(heard.values())
-        meeting.wait()
-        return total
 
-    def steps(rank, parts):
-        loss, draws = ImportanceBound(4, size=3), rng(7)
-        for seed in range(5):
-            x0 = images(8, seed).split(8 // parts)[rank]
-            results.setdefault((rank, parts), []).append(loss(m, x0, draws, (rank, parts)).item())
-        results[rank, parts].append(loss.state_dict())
+TOGETHER = """
+import torch
+from ddpm_lit.processes import make_accelerator
+from test_improved import importance_steps
+rank = make_accelerator().process_index
+torch.save(importance_steps(rank, 2), f"{rank}.pt")
+"""
 
-    steps(0, 1)
-    monkeypatch.setattr("ddpm_lit.improved.all_reduce_sum", all_reduce_sum)
-    threads = [threading.Thread(target=steps, args=(rank, 2)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_processes_have_one_history(tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "together.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    losses, state = importance_steps(0, 1)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for step in range(5):
-        assert (results[0, 2][step] + results[1, 2][step]) / 2 == pytest.approx(results[0, 1][step], rel=1e-4)
-    for state in (results[0, 2][5], results[1, 2][5]):
-        assert torch.equal(state["counts"], results[0, 1][5]["counts"])
-        torch.testing.assert_close(state["terms"], results[0, 1][5]["terms"], rtol=1e-4, atol=1e-6)
+        assert (results[0][0][step] + results[1][0][step]) / 2 == pytest.approx(losses[step], rel=1e-4)
+    for _, remembered in results:
+        assert torch.equal(remembered["counts"], state["counts"])
+        torch.testing.assert_close(remembered["terms"], state["terms"], rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ runs

@@ -31,8 +31,8 @@ from ddpm_lit.metrics import (
     image_statistics,
     inception_score,
     make_reference,
-    precision_recall,
 )
+from ddpm_lit.neighbours import precision_recall
 
 
 def random_gaussian(d, seed, rank=None):
@@ -202,6 +202,7 @@ def test_what_holds_no_statistics_is_named(tmp_path):
 BIG = """
 import resource, sys, torch
 from ddpm_lit.metrics import RunningStatistics
+from ddpm_lit.neighbours import precision_recall
 from ddpm_lit.processes import this_process
 torch.set_num_threads(1)
 g, d, unit = torch.Generator().manual_seed(0), 2048, 2**20 if sys.platform == "darwin" else 2**10
@@ -389,58 +390,6 @@ def test_a_good_download_is_cached_and_used_again(hub, network, tmp_path):
         InceptionFeatures(url=URL, sha256=checksum)
 
 
-def brute(samples, real, k):
-    "Precision and recall, one pair of points at a time."
-
-    def fraction(points, centres):
-        radii = [np.sort([np.linalg.norm(c - other) for other in centres])[k] for c in centres]
-        near = [any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True)) for p in points]
-        return np.mean(near)
-
-    return fraction(samples, real), fraction(real, samples)
-
-
-@pytest.mark.parametrize("k", [1, 3, 7])
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_precision_and_recall_are_those_of_brute_force(k, offset, dtype):
-    real = (torch.randn(60, 4, generator=rng(40)) + offset).to(dtype)
-    samples = (0.6 * torch.randn(45, 4, generator=rng(41)) + 0.5 + offset).to(dtype)
-    expected = brute(samples.double().numpy(), real.double().numpy(), k)
-    assert precision_recall(samples, real, k) == pytest.approx(expected)
-    assert expected[0] > expected[1] + 0.1, "narrow samples: precise, but missing much"
-
-
-def test_precision_and_recall_of_known_cases():
-    a = torch.randn(300, 6, generator=rng(42))
-    assert precision_recall(a, a + 100) == (0, 0)
-    assert precision_recall(a, a) == (1, 1)
-    modes = torch.tensor([[-50.0], [50.0]]).repeat_interleave(150, 0).expand(-1, 6) + a
-    half, other = modes[:150][::2], modes[1::2]
-    precision, recall = precision_recall(half, other)
-    assert precision > 0.85 and 0.4 < recall < 0.5, "what is drawn is real, and half of what is real is drawn"
-    assert precision_recall(other, half) == (recall, precision)
-    junk = torch.cat([other[:75], other[:75] + 1000])
-    assert precision_recall(junk, other)[0] == 0.5
-
-
-def test_precision_and_recall_in_blocks():
-    a, b = (torch.randn(2300, 3, generator=rng(seed), dtype=torch.float64) for seed in (43, 44))
-    away = torch.cdist(a, b)
-    radii = torch.cdist(b, b).sort(1).values[:, 3]
-    assert precision_recall(a, b)[0] == pytest.approx((away <= radii).any(1).double().mean().item())
-
-
-def test_precision_and_recall_refuse():
-    a = torch.zeros(5, 2)
-    for samples, real in ((a, torch.zeros(5, 3)), (a[0], a), (a, a[None])):
-        with pytest.raises(ValueError, match=r"features must be \(n, d\), \(m, d\), got"):
-            precision_recall(samples, real)
-    for k in (0, 5):
-        with pytest.raises(ValueError, match=f"k must be from 1 to less than the number of images, 5 and 9; got {k}"):
-            precision_recall(a, torch.zeros(9, 2), k)
-
-
 def test_the_inception_score_is_numpys():
     p = torch.randn(57, 10, generator=rng(45)).mul(2).softmax(1)
     scores = []
@@ -468,7 +417,6 @@ NAN = torch.full((20, 2), torch.nan)
 
 PASSED_OVER = {
     "features must be .* 3": other_features,
-    "features must be finite": lambda: precision_recall(NAN, NAN),
     "probabilities must be finite": lambda: inception_score(NAN),
 }
 
@@ -508,7 +456,7 @@ def test_samples_are_scored_in_one_call(digits, features):
     result = evaluate_samples(pixels, digits, features=features, seed=2, batch_size=70)
     both = features(pixels), features(digits.pixels)
     assert result["frechet_distance"] == pytest.approx(features.distance(pixels, digits.pixels), rel=1e-9)
-    assert (result["precision"], result["recall"]) == pytest.approx(precision_recall(*both))
+    assert (result["precision"], result["recall"]) == pytest.approx(precision_recall(samples=both[0], real=both[1]))
     score, std = inception_score(features.probabilities(both[0]))
     assert (result["inception_score"], result["inception_score_std"]) == pytest.approx((score, std))
     real = features.distance(digits.pixels[features.test], digits.pixels)
@@ -517,7 +465,8 @@ def test_samples_are_scored_in_one_call(digits, features):
     assert (result["n"], result["features"], result["precision_recall_n"]) == (599, features.name, [599, 1797])
     assert list(result) == [
         "n", "features", "frechet_distance", "frechet_distance_real", "frechet_distance_noise", "precision", "recall",
-        "precision_recall_n", "inception_score", "inception_score_std",
+        "precision_recall_n", "density", "coverage", "coverage_perfect", "kernel_distance",
+        "kernel_distance_std", "kernel_distance_subset", "nearest_ratio", "inception_score", "inception_score_std",
     ]  # fmt: skip
     again = evaluate_samples(Images(pixels), digits, features=features, seed=2, batch_size=70)
     assert again == result, "a tensor is as good as images"

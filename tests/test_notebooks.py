@@ -239,29 +239,35 @@ def test_the_library_is_what_the_notebooks_export(tmp_path):
     assert differences(edited, fresh) == ["checks.py", "forward.py", "stale.py"]
 
 
-# What `make ablation` computed is whole, and the chapter that shows it is the program that computes it.
+# What the long commands computed is whole, and the chapter that shows it is the program that computes it.
+TABLES = {"ablation": ("21_ablation", 60), "improved": ("30_improved", 63), "solvers": ("31_solvers", 90)}
 
 
-def run_as_program(folder: Path) -> subprocess.CompletedProcess:
-    "Chapter 21 in `folder`, as `make ablation` runs it."
-    nb = nbformat.read(ROOT / "nbs" / "21_ablation.ipynb", 4)
+def run_as_program(chapter: str, folder: Path) -> subprocess.CompletedProcess:
+    "Run a chapter in `folder` as `make` runs it to fill its table."
+    nb = nbformat.read(ROOT / "nbs" / f"{chapter}.ipynb", 4)
     program = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
-    (folder / "ablation.py").write_text(program, encoding="utf-8")
-    environment = os.environ | {"ABLATION": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    environment = os.environ | {"TABLE": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
     kwargs = dict(cwd=folder, env=environment, capture_output=True, text=True)
-    return subprocess.run([sys.executable, "ablation.py"], **kwargs)
+    return subprocess.run([sys.executable, "program.py"], **kwargs)
 
 
-def test_the_table_of_the_ablation_is_whole(tmp_path):
-    kept = tmp_path / "21_ablation.jsonl"
-    shutil.copy(ROOT / "nbs" / kept.name, tmp_path)
-    lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    assert lines[0]["command"] == "make ablation" and "ablation:" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    names = ("predicts", "objective", "variance", "seed")
-    assert len({tuple(line[name] for name in names) for line in lines[1:]}) == len(lines) - 1 == 60
-    run = run_as_program(tmp_path)
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("command", TABLES)
+def test_the_table_of_a_chapter_is_whole(command, tmp_path):
+    chapter, n = TABLES[command]
+    table = tmp_path / f"{chapter}.jsonl"
+    shutil.copy(ROOT / "nbs" / table.name, tmp_path)
+    first, *rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+    assert first["command"] == f"make {command}" and f"\n{command}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    keys = {tuple(value for value in row.values() if not isinstance(value, float)) for row in rows}
+    assert len(keys) == len(rows) == n
+    if command != "ablation":  # one of the programs stands for the others
+        return
+    run = run_as_program(chapter, tmp_path)
     assert run.returncode == 0 and run.stdout == "", run.stderr  # nothing is missing, so nothing is trained
-
-    lines[0]["steps"] += 1
-    kept.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    assert "remove it, and run `make ablation`" in run_as_program(tmp_path).stderr
+    first["steps"] += 1
+    table.write_text("\n".join(map(json.dumps, [first, *rows])) + "\n", encoding="utf-8")
+    assert "remove it, and run `make ablation`" in run_as_program(chapter, tmp_path).stderr

@@ -26,6 +26,7 @@ import ddpm_lit
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "ddpm_lit").glob("*.py"))
+MODELS = sorted(path for path in (ROOT / "models").rglob("*") if path.is_file())
 CHAPTERS = [path.stem for path in SOURCES if path.stem[0] != "_"]
 SLOW = {"matplotlib", "sklearn", "accelerate", "PIL", "datasets", "pandas", "diffusers", "scipy"}
 # Of these, nothing may be needed to train and to sample.
@@ -76,9 +77,12 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 def test_the_wheel_holds_the_library_and_nothing_else(built):
     inside = contents(built["wheel"])
+    expected = {f"ddpm_lit/{path.name}": path for path in SOURCES}
+    expected |= {f"ddpm_lit/{path.relative_to(ROOT).as_posix()}": path for path in MODELS}
     assert {name: data for name, data in inside.items() if "dist-info" not in name} == {
-        f"ddpm_lit/{path.name}": path.read_bytes() for path in SOURCES
+        name: path.read_bytes() for name, path in expected.items()
     }
+    assert built["wheel"].stat().st_size < 30e6 and max(path.stat().st_size for path in MODELS) < 8e6
     (licence,) = (data for name, data in inside.items() if name.endswith("/LICENSE"))
     assert licence == (ROOT / "LICENSE").read_bytes()
 
@@ -181,6 +185,9 @@ def test_it_trains_and_samples_there(empty, tmp_path):
     # And by the command that the wheel installs, from the model just written.
     apart(empty.with_name("ddpm_lit"), tmp_path, "sample", "demo", "-n", "2", "--steps", "2", "--out", "two.npz")
     assert zipfile.ZipFile(tmp_path / "two.npz").namelist() == ["images.npy"]
+    # A model that ships with the package, without a network.
+    apart(empty.with_name("ddpm_lit"), tmp_path, "sample", "digits", "-n", "64")
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------------------------------- the lazy package

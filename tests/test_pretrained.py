@@ -9,10 +9,10 @@ import torch
 from doubles import TINY, OwnNet, rng, tiny_model
 from safetensors.torch import load_file, save_file
 
-from ddpm_lit import files
+from ddpm_lit import cli, files
 from ddpm_lit.ddpm import DDPM
 from ddpm_lit.forward import Schedule, cosine_schedule, linear_schedule
-from ddpm_lit.pretrained import load_ddpm
+from ddpm_lit.pretrained import find_model, load_ddpm, shipped_models, shipped_recipe
 from ddpm_lit.sampler import ancestral_sample, ddim_sample
 from ddpm_lit.unet import PRESETS, UNet
 
@@ -463,7 +463,7 @@ def test_tensors_that_do_not_fit_are_named(saved, change, named):
         ("scheduler/scheduler_config.json", dict(beta_end=1.5), r"beta_T must lie in \(0, 1\), got 1.5"),
         ("unet/config.json", dict(act_fn="mish"), "act_fn='mish' is not implemented"),
         ("unet/config.json", dict(brand_new=1), "UNet has no keyword brand_new"),
-        ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "must describe a UNet2DModel"),
+        ("unet/config.json", dict(_class_name="UNet3DConditionModel"), "must describe a UNet2DModel or a UNet2DCondi"),
     ],
 )
 def test_a_field_that_is_not_implemented_is_named(saved, file, change, named):
@@ -624,3 +624,47 @@ def test_double_precision_is_kept_and_shared_weights_are_written(tmp_path):
     m.save_pretrained(tmp_path)
     back = load_ddpm(tmp_path)
     assert back.net.conv_in.weight.dtype == torch.float64 and same(back, m)
+
+
+# ---------------------------------------------------------------------------------------------- models of the package
+
+
+@pytest.mark.parametrize("name", sorted(shipped_models()))
+def test_a_model_of_the_package_is_small_and_says_how_it_was_made(name):
+    folder, recipe = shipped_models()[name], shipped_recipe(name)
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 8e6
+    assert {"command", "seed", "commit", "seconds", "machine", "metrics"} <= recipe.keys() and name in recipe["command"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: ") and recipe["command"] in card
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-labels", "digits-improved"])
+def test_digits_of_the_package_are_drawn_without_a_network(name, tmp_path, monkeypatch, digits):
+    monkeypatch.chdir(tmp_path)
+    m = DDPM.from_pretrained(name)
+    assert all(p.dtype == torch.float32 for p in m.net.parameters()) and not m.net.training
+    classes = m.net.config["num_class_embeds"]
+    cond = classes and dict(class_labels=torch.arange(20) % (classes - 1))
+    x = m.sample(20, steps=10, cond=cond, generator=rng(0))
+    distance = torch.cdist(x.flatten(1).double(), digits.pixels.flatten(1).double()).amin(1).mean() / 8
+    assert distance < 40  # root mean square of 255; noise is farther than 70 from every digit
+    assert cli.main(["sample", name, "-n", "3", "--steps", "2", "--no-progress"]) == 0
+    assert (tmp_path / "samples.png").is_file() and not list(shipped_models()[name].rglob("*.png"))
+
+
+def test_a_folder_with_the_name_of_a_model_is_never_passed_over_silently(tmp_path, monkeypatch, saved):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    with pytest.warns(UserWarning, match="model 'digits' is read as the model of ddpm_lit, not ./digits, which holds"):
+        assert find_model("digits") == shipped_models()["digits"]
+    shutil.copytree(saved, tmp_path / "digits", dirs_exist_ok=True)
+    with pytest.warns(UserWarning, match="model 'digits' is read as the folder here, not .*digits"):
+        assert same(DDPM.from_pretrained("digits"), DDPM.from_pretrained(saved))
+    assert find_model("./digits") == Path("digits") and find_model("no-such-model") is None
+
+
+def test_the_scores_of_a_model_of_the_package_are_written_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = set(shipped_models()["digits"].rglob("*"))
+    assert cli.main(["evaluate", "digits", "--bpd", "--bpd-calls", "2", "-n", "4", "--no-progress"]) == 0
+    assert (tmp_path / "digits-evaluation.json").is_file() and set(shipped_models()["digits"].rglob("*")) == before

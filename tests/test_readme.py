@@ -62,7 +62,7 @@ FEWER |= {"sample(16)": "sample(4, steps=2)", "sample(500)": "sample(40, steps=2
 @pytest.mark.slow
 @pytest.mark.processes
 def test_each_of_the_five_tasks_takes_at_most_five_lines_and_runs(tmp_path):
-    "As written, but for the numbers in `FEWER`, on a folder of six photographs and an untrained model in demo/."
+    "As written, but for the numbers in `FEWER`, on a folder of six photographs."
     tasks = blocks("python")[1:]
     assert len(tasks) == 5 and all(len(task.splitlines()) <= 5 for task in tasks)
     program = """
@@ -70,12 +70,10 @@ import numpy as np, torch
 from pathlib import Path
 from PIL import Image
 from doubles import OwnNet as MyNet, tiny_model
-from ddpm_lit import linear_schedule
 Path("photos/sea").mkdir(parents=True)
 for i in range(6):
     colours = np.random.default_rng(i).integers(256, size=(40, 50, 3), dtype=np.uint8)
     Image.fromarray(colours).save(f"photos/sea/{i}.png")
-tiny_model(linear_schedule()).save_pretrained("demo/model")
 """
     looks = {
         0: 'assert Path("run/model/model_index.json").is_file() and Path("samples.png").stat().st_size > 100',
@@ -142,7 +140,7 @@ def test_the_plain_lines_are_those_of_make():
 def test_what_is_linked_is_there():
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8")):
-            assert (ROOT / link).is_file(), f"{name}: {link}"
+            assert (ROOT / link).exists(), f"{name}: {link}"
 
 
 def test_the_version_is_in_the_changelog():

@@ -15,24 +15,11 @@ from ddpm_lit import _renamed
 
 ROOT = Path(__file__).parents[1]
 # Imports only ever point to the left. A new module takes its place here, as in the table of the README.
-ORDER = (
-    *("checks", "gaussian", "forward", "posterior", "ddpm", "bound", "objective", "exact"),
-    *(
-        "layers",
-        "unet",
-        "files",
-        "processes",
-        "claims",
-        "pretrained",
-        "images",
-        "decoding",
-        "captions",
-        "sources",
-        "emoji",
-        "loading",
-    ),
-    *("trainer", "sampler", "metrics", "evaluation", "improved", "solvers", "guidance", "options", "cli"),
-)
+ORDER = """
+    checks gaussian forward posterior ddpm bound objective exact
+    layers unet conditional files processes claims pretrained images decoding captions sources emoji loading trainer sampler
+    neighbours metrics evaluation improved solvers guidance options drawing cli
+""".split()
 MODULES = {name: (ROOT / "ddpm_lit" / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
 CHAPTERS = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,7 +81,7 @@ OWNERS = {
     r"\bos\.fsync\b": {"files"},
     r"\bos\.replace\b|\.replace\(path\)": {"files"},
     r"\bPartialState\b": {"processes"},
-    r"\btorch\.autocast\b": {"processes"},
+    r"\btorch\.autocast\b": {"processes", "conditional"},
     r"\bmax_memory_allocated\b|\bgetrusage\b": {"processes"},
 }
 
@@ -124,7 +111,7 @@ def public() -> dict[str, str]:
 
 
 def test_public_names_are_few():
-    assert len(public()) <= 70
+    assert len(public()) <= 90
     assert sorted(public()) == ddpm_lit.__all__ == sorted(set(ddpm_lit.__all__))
 
 

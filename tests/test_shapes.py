@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 from beartype import BeartypeConf, beartype
 
@@ -167,6 +168,14 @@ def calls(d: Names, folder: Path) -> None:
             next(iter(batches)), batches.batch(1), batches.describe(), images.read([1, 0]), len(images), repr(images)
             next(iter(d.ImageBatches(images, 8, resident=resident, workers=0, labels=True))), images.select([1, 0])
 
+    # 14b emoji, on four drawings
+    emoji, drawings = importlib.import_module("ddpm_lit.emoji"), d.named_drawings()[:4]
+    with (
+        mock.patch.object(emoji, "named_drawings", lambda: drawings),
+        mock.patch("torch.hub.get_dir", lambda: str(folder)),
+    ):
+        d.emoji_attributes(d.load_emoji(8, "train")), d.emoji_attributes(["a penguin"]), d.load_images("emoji", 8)
+
     # 10 files, 11 processes, 16 training
     config = dict(batch_size=4, out=str(folder / "run"), progress=False, objective="bound")
     again = d.TrainConfig(steps=3, resume=True, **config)
@@ -228,7 +237,10 @@ def calls(d: Names, folder: Path) -> None:
     )
     for x in (known, known.float()):
         (
-            d.precision_recall(x, x[:30]),
+            d.precision_recall(samples=x, real=x[:30]),
+            d.density_coverage(samples=x, real=x[:30]),
+            d.kernel_distance(samples=x, real=x[:30], size=5, subsets=2),
+            d.nearest_ratio(samples=x[:9], train=x, held_out=x[:9]),
             d.kth_neighbour_distance(x, 1, 20),
             d.fraction_within(x, x[:9], torch.ones(9).to(x)),
         )
@@ -328,7 +340,10 @@ def folder_of_images(folder: Path, d, pixels) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     hf = d.import_datasets()
     features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["a", "b"]))
-    table = {"image": [Image.fromarray(array) for array in pixels], "label": [0, 1] * 3}
+    features["text"] = hf.Value("string")
+    table = {"image": [Image.fromarray(array) for array in pixels], "label": [0, 1] * 3, "text": list("abcdef")}
+    (root / "metadata.jsonl").write_text('{"file_name": "a/0.png", "text": "zero"}')
+    d.read_text(root / "metadata.jsonl")
     with d.quiet_datasets(False):
         hf.Dataset.from_dict(table, features).to_parquet(folder / "few.parquet")
     with warnings.catch_warnings():
@@ -364,7 +379,7 @@ REFUSED = """
     d.Attention(8, 8, 4, 1e-5)(torch.zeros(2, 8, 4))
     d.matrix_sqrt(torch.zeros(2, 3).double())
     d.RunningStatistics().add(torch.zeros(2, 3, 4))
-    d.precision_recall(x0, x0)
+    d.precision_recall(samples=x0, real=x0)
     d.inception_score(torch.zeros(4, 2).long())
     d.bound_loss(m, x0.byte())
 """
