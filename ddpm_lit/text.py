@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextUNet']
 
-# %% ../nbs/34_text.ipynb #09622ece
+# %% ../nbs/34_text.ipynb #7
 import copy
 import difflib
 import re
@@ -34,7 +34,7 @@ def split_words(text: str) -> list[str]:
         raise ValueError(f"caption must be a list of texts, got one of type {type(text).__name__}")
     return re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFKC", text).lower())
 
-# %% ../nbs/34_text.ipynb #e6fd5f1f
+# %% ../nbs/34_text.ipynb #8
 class Tokenizer:
     """Words to integers: each of `words` is one token; any other is spelled in bytes if `spell` is set, else refused.
 
@@ -79,7 +79,7 @@ class Tokenizer:
                 raise ValueError(f"caption must have at most {self.length - 1} tokens, got {len(row) - 1}: {text:.60}")
         return torch.tensor([row + [PADDING] * (self.length - len(row)) for row in rows]).reshape(-1, self.length)
 
-# %% ../nbs/34_text.ipynb #809f8bf9
+# %% ../nbs/34_text.ipynb #12
 class TextBlock(nn.Module):
     "One layer of a transformer: x + attention(norm(x)), then x + mlp(norm(x)); masked positions are attended by none."
 
@@ -100,7 +100,7 @@ class TextBlock(nn.Module):
         x = x + self.attend(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/34_text.ipynb #2623d12e
+# %% ../nbs/34_text.ipynb #15
 class TextEncoder(nn.Module):
     """A transformer over tokens: a vector for each token, and their mean.
 
@@ -130,7 +130,7 @@ def pooled(states: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"]) -> Float[T
     inside = mask[..., None].to(states)
     return reduce(states * inside, "b n c -> b c", "sum") / reduce(inside, "b n 1 -> b 1", "sum")
 
-# %% ../nbs/34_text.ipynb #98e1c7c0
+# %% ../nbs/34_text.ipynb #20
 def build_reader(width: int, unet: dict, generator: torch.Generator | None) -> nn.Module:
     "Return the network that reads text vectors of `width`: with `cross_attention_dim` token by token, else pooled."
     if "cross_attention_dim" not in unet:
@@ -138,7 +138,7 @@ def build_reader(width: int, unet: dict, generator: torch.Generator | None) -> n
     kind = import_module("ddpm_lit.conditional").ConditionalUNet
     return kind(**unet | dict(cross_attention_dim=width), generator=generator)
 
-# %% ../nbs/34_text.ipynb #c32f20d0
+# %% ../nbs/34_text.ipynb #21
 class TextUNet(nn.Module):
     """A U-Net with a transformer that reads captions: `net(x_t, t, caption=None)`, of texts or of their tokens.
 
@@ -198,7 +198,7 @@ class TextUNet(nn.Module):
         "Build the network again from its `config`, as `DDPM.from_pretrained` does."
         return cls(**config)
 
-# %% ../nbs/34_text.ipynb #2e62e000
+# %% ../nbs/34_text.ipynb #28
 def moments(pixels: UInt8[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:
     """Return ink and slant of each image: the mean brightness, and -M11 / M02, of brightness about its centre.
 
@@ -231,7 +231,7 @@ def parse_captions(captions: Sequence[str]) -> Int64[Tensor, "n 3"]:
         raise ValueError(f"captions must be such as {next(iter(table))!r}, got {unknown[0]!r}")
     return torch.stack([table[text] for text in captions])
 
-# %% ../nbs/34_text.ipynb #535571a0
+# %% ../nbs/34_text.ipynb #31
 class Ruler:
     """Measures digits in words: thin, medium or bold; leaning left, upright or leaning right: terciles of each class.
 
