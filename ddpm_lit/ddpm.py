@@ -89,6 +89,33 @@ def check_trainable(net) -> None:
         if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"m.net must be float32 or float64 to be trained, got {p.dtype} at {name}")
 
+# %% ../nbs/04_reverse.ipynb #74735fec
+def find_tokenize(net) -> Callable | None:
+    "Return the method `tokenize` of a network, or of the one that it wraps as `net`; None if it reads no text."
+    while net is not None and not hasattr(net, "tokenize"):
+        net = getattr(net, "net", None)
+    return getattr(net, "tokenize", None)
+
+
+def tokenize_texts(net, cond: dict) -> dict:
+    "Return `cond` with each list of texts as the tokens that `net` makes of them; `ValueError` if it reads no text."
+    for name, value in cond.items():
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, str):
+            if (tokenize := find_tokenize(net)) is None:
+                raise ValueError(f"cond[{name!r}] must be numbers for a network that reads no text, got {value!r:.60}")
+            if isinstance(value, str):
+                raise ValueError(f"cond[{name!r}] must be a list with a text for each image, got the text {value!r}")
+            cond = cond | {name: tokenize(value)}
+    return cond
+
+
+def caption_rows(net, images) -> tuple[Tensor, Tensor]:
+    "Return the tokens of the captions of `images`, a row each, and those of no caption; `ValueError` without captions."
+    if (captions := getattr(images, "captions", None)) is None:
+        raise ValueError(f"images must have captions for a network that reads text, got {images!r}")
+    return net.tokenize(captions), net.tokenize([""])[0]
+
 # %% ../nbs/04_reverse.ipynb #18
 class _Network(nn.Module):
     "Network, schedule, kind of prediction, variance and clipping: the settings of a `DDPM`."
@@ -172,7 +199,7 @@ class _Denoiser(_Complete):
         "Return the network's prediction and, for a learned variance, the second half of its channels."
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), x_t.dtype)
-        out = self.net(x_t.to(dtype), t, **cond)
+        out = self.net(x_t.to(dtype), t, **tokenize_texts(self.net, cond))
         if not torch.is_tensor(out):
             advice = "; wrap it in one that returns its .sample" if hasattr(out, "sample") else ""
             raise ValueError(f"net must return a tensor shaped like x_t, got {type(out).__name__}{advice}")
@@ -213,8 +240,8 @@ class DDPM(_Denoiser):
     output is: "eps", "x0", "mean" (of the posterior) or "v". `variance` is "beta", "beta_tilde" or "learned"; for the
     last the network returns twice the channels, and the second half interpolates between the other two, in the log.
     `clip`: whether the predicted x_0 is clipped to [-1, 1], unless a call overrides it. `cond` are tensors with one row
-    per image. A `state_dict` holds all of this. Raises `ValueError` for other names.
-    Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
+    per image, or texts for a network that reads them. A `state_dict` holds all of this. Raises `ValueError` for other
+    names. Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
     """
 
     def reverse(self, x_t: Float[Tensor, "b ..."], t, clip: bool | None = None, **cond) -> tuple[Gaussian, Tensor]:

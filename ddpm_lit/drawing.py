@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from ddpm_lit.ddpm import DDPM
+from ddpm_lit.ddpm import DDPM, find_tokenize
 from ddpm_lit.files import (
     CachedPictures,
     CachedSamples,
@@ -27,6 +27,7 @@ from ddpm_lit.files import (
     writable_folder,
 )
 from ddpm_lit.forward import as_integer
+from ddpm_lit.glide import EditOptions
 from ddpm_lit.guidance import classifier_free
 from ddpm_lit.images import record_trajectory, save_animation, save_samples
 from ddpm_lit.options import Command, expand_paths
@@ -146,6 +147,8 @@ def guided(m: DDPM, scale: float | None) -> DDPM:
     "Return `m` with classifier-free guidance, its last label the null one; `m` itself where `scale` is None."
     if scale is None:
         return m
+    if find_tokenize(m.net):
+        return classifier_free(m, scale, dict(caption=""))
     if m.net.config["num_class_embeds"] is None:
         raise ValueError(f"guidance must not be given for a network without classes, got {scale:g}")
     return classifier_free(m, scale, dict(class_labels=m.net.config["num_class_embeds"] - 1))
@@ -183,6 +186,7 @@ class _SampleOptions(RunOptions):
     """output format, by default that of the suffix of out; png writes one file for each image"""
     every: int | None = None
     """write the sampling trajectory, a frame every so many steps: as a .gif, or as a .png with a row for each image"""
+    edits: tyro.conf.OmitArgPrefixes[EditOptions] = field(default_factory=EditOptions)
 
     def check_every(self, steps: int) -> None:
         "Raise `ValueError` where `every` is not one of `steps`."
@@ -192,7 +196,7 @@ class _SampleOptions(RunOptions):
     def label_list(self, m: DDPM) -> list[int] | None:
         "Return the labels to draw: by default all, but the null label only without guidance; None without classes."
         classes = m.net.config["num_class_embeds"]
-        known = classes if self.guidance is None else classes - 1
+        known = classes if None in (classes, self.guidance) else classes - 1
         return parse_labels(self.labels, known, class_names(self.run_folder))
 
 # %% ../nbs/39c_drawing.ipynb #23
@@ -205,18 +209,19 @@ class Sample(_SampleOptions):
         output, path = resolve_output(self.out, self.format, self.every, self.n)
         check_run(self.run_folder)
         m = guided(load_run(self.run_folder), self.guidance)
-        request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size)
+        request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size) | self.edits.request()
+        edited = replace(self, sampling=self.edits.sampling(self.sampling))
         chosen = dict(labels=(labels := self.label_list(m)), guidance=self.guidance)
         request |= {name: value for name, value in chosen.items() if value is not None}
         rows = len(labels or [0]) if (self.labels, self.guidance) != (None, None) else 1
         labels = labels and torch.tensor(labels, device="cpu").repeat(-(-self.n // len(labels)))[: self.n]
-        self.check_every(request["steps"])
+        self.check_every(edited.sampling.network_calls(m))
         parts = path.with_name(path.name + ".parts")
         if parts.is_file():
             raise ValueError(f"out must be another path: {parts}, the place of finished batches, is a file")
         writable_folder(path if output == "png" else path.parent)
         cache = GrowingPictures(path, request) if output == "png" else CachedSamples(parts, request)
-        self.write(output, path, m, cache, labels, rows)
+        edited.write(output, path, m, cache, labels, rows)
 
     def write(self, output: str, path: Path, m: DDPM, cache: CachedSamples, labels: torch.Tensor | None, rows: int):
         "Draw what `cache` lacks, and write `path`; a grid has a row for each of `rows` labels."
@@ -234,4 +239,6 @@ class Sample(_SampleOptions):
             frames = record_trajectory(draw, len(conds), self.every, calls)
             save_animation(path, frames)
             text = f"The sampling trajectory of {self.n} images, in {len(frames)} frames, is"
+        if self.edits.prompt is not None and not self.edits.prompt.strip():
+            text = f"The prompt is empty, so nothing guides them: {text}"
         print_main(f"{text} in {printable(path)}.")

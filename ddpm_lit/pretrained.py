@@ -265,9 +265,17 @@ def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
     return _fill(net, folder, unet.state_dict())
 
 
+def build_own(config: dict) -> nn.Module | None:
+    "Return the network of a config.json if a class of this package with `from_config` can build it, else None."
+    module, _, name = str(config.get("_class_name")).rpartition(".")
+    kind = getattr(import_module(module), name, None) if re.fullmatch(r"ddpm_lit\.[a-z_]+", module) else None
+    return kind.from_config(config["config"]) if hasattr(kind, "from_config") else None
+
+
 def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
     "Fill the weights of `folder` into `net`, which must fit them; `ValueError` says how to call where it is None."
     config = read_json(folder / "config.json")
+    net = net if net is not None else build_own(config)
     if net is None:
         raise ValueError(
             f"{folder} holds a {config.get('_class_name')}, which no file can build: {config.get('rebuild')}"

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from ddpm_lit.ddpm import DDPM, PREDICTS, first_step_patched, one_of
+from ddpm_lit.ddpm import DDPM, PREDICTS, first_step_patched, one_of, tokenize_texts
 from ddpm_lit.files import CachedSamples, model_digest, model_folder, note_cached
 from ddpm_lit.forward import Schedule, as_integer
 from ddpm_lit.gaussian import randn
@@ -145,9 +145,9 @@ def replayed_step(m: DDPM, x: Float[Tensor, "b ..."], *others) -> tuple[Tensor, 
     return tuple(torch.empty_like(x).copy_(output) for output in outputs)
 
 # %% ../nbs/17_sampling.ipynb #34
-def check_cond(cond: dict[str, Tensor] | None, x: Float[Tensor, "b ..."]) -> dict[str, Tensor]:
-    "Return `cond` on the device of `x`, {} for None. Raises `ValueError` unless it has one row per image of `x`."
-    cond = {name: torch.as_tensor(value, device=x.device) for name, value in (cond or {}).items()}
+def check_cond(cond: dict | None, x: Float[Tensor, "b ..."], net: Callable | None = None) -> dict[str, Tensor]:
+    "Return `cond` on the device of `x`, texts as tokens of `net`. Raises `ValueError` unless it has a row per image."
+    cond = {k: torch.as_tensor(value, device=x.device) for k, value in tokenize_texts(net, cond or {}).items()}
     for name, value in cond.items():
         rows = len(value) if value.ndim else "a single number"
         if rows != len(x):
@@ -179,7 +179,7 @@ def sample_steps(
     `compile` takes each step by `torch.compile`: see `ancestral_sample`.
     """
     limiter(clip := m.clip if clip is None else clip)  # raises for a clip that is none, before the first step
-    step, zeros, cond, memory = sampler_step, None, check_cond(cond, x), plan.change_coef is not None
+    step, zeros, cond, memory = sampler_step, None, check_cond(cond, x, m.net), plan.change_coef is not None
     x0 = torch.zeros_like(x) if memory else None
     if compile:  # all inputs are made alike from step to step, else torch would compile twice
         step, x, zeros = replayed_step, x.clone(), x.new_zeros(x.shape)
@@ -238,7 +238,7 @@ def run_plan(
     The options are those of `ancestral_sample`. Raises `ValueError` where the result is not finite.
     """
     size = max(1, 2**20 // max(1, x[:1].numel())) if batch_size is None else as_integer("batch_size", batch_size, 1)
-    results, batches, cond = [], x.split(size), check_cond(cond, x)
+    results, batches, cond = [], x.split(size), check_cond(cond, x, m.net)
     for i, x in enumerate(batches):
         part = {name: value[i * size : (i + 1) * size] for name, value in cond.items()}
         desc = "sampling" + (f" {i + 1} of {len(batches)}" if len(batches) > 1 else "")
@@ -326,7 +326,7 @@ def ddim_invert(
     """
     times, passes = time_steps(m.s.T, steps, spacing), range(as_integer("passes", passes, 1))
     x = initial_noise(m, x0.shape, x0, name="x0")
-    alpha_bar, cond = [1.0, *m.s.alpha_bar[times.to(m.s.beta.device)].tolist()], check_cond(cond, x)
+    alpha_bar, cond = [1.0, *m.s.alpha_bar[times.to(m.s.beta.device)].tolist()], check_cond(cond, x, m.net)
     with evaluation_mode(m):
         for t, before, after in zip(times.tolist(), alpha_bar, alpha_bar[1:], strict=False):
             x_t = x

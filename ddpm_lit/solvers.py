@@ -145,7 +145,7 @@ def flow_log_prob(
     Raises `ValueError` for `steps` outside 2 … T. Source: Song et al. 2021b, Eq. 39; Chen et al. 2018, Theorem 1.
     """
     x = initial_noise(m, x.shape, x, name="x")
-    cond, times = check_cond(cond, x), solver_times(m.s, len(time_steps(m.s.T, steps, least=2))).tolist()
+    cond, times = check_cond(cond, x, m.net), solver_times(m.s, len(time_steps(m.s.T, steps, least=2))).tolist()
     root, std, level = (
         table.tolist() for table in (m.s.alpha_bar.sqrt(), (1 - m.s.alpha_bar).sqrt(), half_log_snr(m.s))
     )

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ddpm_lit
 from ddpm_lit import claims, pretrained, processes
-from ddpm_lit.ddpm import DDPM, as_kind, check_trainable, one_of
+from ddpm_lit.ddpm import DDPM, as_kind, caption_rows, check_trainable, one_of
 from ddpm_lit.files import Checkpoints, as_path, atomic_folder, writable_folder
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images, image_grid, save_grid, track_picture
@@ -150,11 +150,11 @@ def ema_update(decay: float) -> Callable:
     return update
 
 # %% ../nbs/16_training.ipynb #26
-def drop_labels(labels: Int64[Tensor, "b"], null: int, fraction: float, generator: torch.Generator, part=(0, 1)):
-    "Return `labels` with a random `fraction` of them replaced by `null`; `part` is (rank, number of processes)."
+def drop_labels(labels: Int64[Tensor, "b ..."], null, fraction: float, generator: torch.Generator, part=(0, 1)):
+    "Return `labels` with a random `fraction` of the rows replaced by `null`; `part` is (rank, number of processes)."
     rank, n = part[0], len(labels)
     drawn = torch.rand(part[1] * n, generator=generator, device=labels.device)[rank * n : (rank + 1) * n]
-    return torch.where(drawn < fraction, null, labels)
+    return torch.where((drawn < fraction)[(...,) + (None,) * (labels.ndim - 1)], null, labels)
 
 # %% ../nbs/16_training.ipynb #29
 def check_labels(net: nn.Module, images: Images | StoredImages, drop: float) -> None:
@@ -188,7 +188,8 @@ def check_model(m: pretrained.Model, images: Images | StoredImages, c: TrainConf
     import_module("ddpm_lit.improved").make_objective(m, c.objective)  # raises where it does not fit
     if isinstance(m.net, UNet | pretrained.Trainable):
         m.net.check_images(torch.empty(1, *images.shape, device="meta"))
-    check_labels(m.net, images, c.drop_labels)
+    text = hasattr(m.net, "tokenize")
+    caption_rows(m.net, images) if text else check_labels(m.net, images, c.drop_labels)
 
 # %% ../nbs/16_training.ipynb #32
 def with_prefix(state: dict, prefix: str) -> dict:
@@ -357,7 +358,7 @@ class _Run(_TrainingState):
     "A run on `images`: its state, its checkpoints, its batches, and the gradient of a step."
 
     def __init__(self, m, images, config: TrainConfig | None = None, draw=None, on_step: Callable | None = None):
-        c, self.images, self.draw, self.on_step = config or TrainConfig(), images, draw, on_step
+        c, self.images, self.draw, self.on_step, self.null = config or TrainConfig(), images, draw, on_step, None
         check_model(m, images, c)
         if pretrained.json_config(m.net).get("sample_size") is None:
             m.image_shape = images.shape
@@ -370,8 +371,10 @@ class _Run(_TrainingState):
             self.data = data_digest(images) if self.checkpoints else None
             if newest := self.checkpoints and self.checkpoints.newest():
                 resume_run(self, newest)
-            source, stream = (images, c.batch_size, self.device), (c.seed, c.flip, 0, self.process)
-            self.batches = ImageBatches(*source, *stream, c.workers, labels=True)
+            source = images, c.batch_size, self.device, c.seed, c.flip
+            self.batches = ImageBatches(*source, process=self.process, workers=c.workers, labels=True)
+            if hasattr(self.net, "tokenize"):
+                self.batches.labels, self.null = (rows.to(self.device) for rows in caption_rows(self.net, images))
             processes.check_same_step(self.accelerator, self.step)
             undo.pop_all()
         logger.info("%s; processes: %d; from step %d on", self.batches.describe(), self.process[1], self.step)
@@ -381,12 +384,11 @@ class _Run(_TrainingState):
         c, total = self.config, 0.0
         for i in range(c.accumulate):
             x0, labels = next(batches)
-            if c.channels_last:
-                x0 = x0.contiguous(memory_format=torch.channels_last)
+            x0 = x0.contiguous(memory_format=torch.channels_last) if c.channels_last else x0
             if c.drop_labels > 0:
-                null = self.net.config["num_class_embeds"] - 1
+                null = self.net.config["num_class_embeds"] - 1 if self.null is None else self.null
                 labels = drop_labels(labels, null, c.drop_labels, self.noise, self.process)
-            cond = class_condition(self.net, labels)
+            cond = class_condition(self.net, labels) if self.null is None else dict(caption=labels)
             with self.accelerator.no_sync(model.net) if i < c.accumulate - 1 else contextlib.nullcontext():
                 loss = self.objective(model, x0, self.noise, self.process, cond) / c.accumulate
                 self.accelerator.backward(loss)
@@ -397,9 +399,9 @@ class _Run(_TrainingState):
 class Trainer(_Run):
     """Train `m.net`, any nn.Module with parameters, on `images` by Algorithm 1 of Ho et al. 2020: call `fit`.
 
-    `m` is trained in place; its modes (train, eval) are restored. `ema`, with the averaged weights, is what is saved,
-    and what to sample from. A network with `num_class_embeds` gets the images' labels. `draw(ema)` returns pixels to
-    save with each checkpoint; `on_step(step, loss)` follows each step, from 1 on. ValueError where something is unfit.
+    `m` is trained in place; its modes are restored. `ema`, the averaged weights, is what is saved and to sample from. A
+    network with `num_class_embeds` gets the labels of the images, one that reads text their captions. `draw(ema)`
+    returns pixels to save with each checkpoint; `on_step(step, loss)` follows each step. ValueError for what is unfit.
     """
 
     def fit(self) -> Float[Tensor, "steps"]:
@@ -420,8 +422,7 @@ class Trainer(_Run):
                 # 3. one step of Adam, and of the average of the weights
                 self.update(optimizer, loss, norm)
                 # 4. record the loss on the device; read and report it now and then
-                metrics = self.log.add(self.step, loss, norm)
-                if metrics:
+                if metrics := self.log.add(self.step, loss, norm):
                     a.log(metrics | {"learning rate": c.lr_at(self.step - 1)}, self.step)
                 if self.on_step:
                     self.on_step(self.step, loss)

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     checks gaussian forward posterior ddpm bound objective exact
     layers unet conditional files processes claims pretrained images decoding captions sources emoji loading
-    trainer sampler neighbours metrics evaluation improved solvers guidance autoencoder latent options latent_options
-    drawing cli
+    trainer sampler neighbours metrics evaluation improved solvers guidance autoencoder latent text glide options
+    latent_options drawing cli
 """.split()
 MODULES = {name: (ROOT / "ddpm_lit" / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
 CHAPTERS = {path.stem: nbformat.read(path, 4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
