@@ -44,6 +44,18 @@ from ddpm_lit.trainer import TrainConfig, Trainer, plot_losses
 from ddpm_lit.unet import PRESETS
 
 # %% ../nbs/40_command_line.ipynb #7
+def format_table(results: dict, indent: str = "") -> str:
+    "Return names and values in two columns, a line for each; a dict inside is indented below its name."
+    lines = []
+    for name, value in results.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", format_table(value, indent + "  ")]
+        else:
+            text = f"{value:z.4g}" if isinstance(value, float) else printable(value)
+            lines.append(f"{indent}{name:<{30 - len(indent)}}{text}")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class _Measurements(RunOptions):
     "Options of `evaluate`: what to measure, on which images."
@@ -90,18 +102,6 @@ class Evaluate(_Measurements):
         done = evaluate_run(replace(self, out=out))
         places = f"These results are in {printable(done.out)}, figures in {printable(done.folder)}."
         print_main(format_table(done.results), places)
-
-
-def format_table(results: dict, indent: str = "") -> str:
-    "Return names and values in two columns, a line for each; a dict inside is indented below its name."
-    lines = []
-    for name, value in results.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}", format_table(value, indent + "  ")]
-        else:
-            text = f"{value:z.4g}" if isinstance(value, float) else printable(value)
-            lines.append(f"{indent}{name:<{30 - len(indent)}}{text}")
-    return "\n".join(lines)
 
 # %% ../nbs/40_command_line.ipynb #11
 @dataclass(frozen=True)

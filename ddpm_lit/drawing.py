@@ -35,7 +35,7 @@ from ddpm_lit.pretrained import find_model, load_run
 from ddpm_lit.processes import is_main_process, print_main
 from ddpm_lit.sampler import Sampling, batch_labels, draw_batches, sampling_request
 
-# %% ../nbs/39c_drawing.ipynb #7
+# %% ../nbs/39c_drawing.ipynb #8
 OUTPUT_FORMATS = {  # default path, suffixes, largest number of images
     "grid": ("samples.png", ".png", 4096),
     "npz": ("samples.npz", ".npz", None),
@@ -71,7 +71,7 @@ def resolve_output(out: Path | None, format: str | None, every: int | None, n: i
         raise ValueError(f"n must be at most {most} for one {chosen}, got {n}{hint}")
     return chosen, path
 
-# %% ../nbs/39c_drawing.ipynb #10
+# %% ../nbs/39c_drawing.ipynb #11
 def class_names(run: Path) -> list[str]:
     "Return the names of the classes that a run was trained on, as far as its `train.json` has them."
     saved = run / "train.json"
@@ -105,7 +105,7 @@ def parse_labels(text: str | None, classes: int | None, names: Sequence[str] = (
         raise ValueError(f"labels must be from 0 to {classes - 1} for this network, got {text}")
     return labels
 
-# %% ../nbs/39c_drawing.ipynb #13
+# %% ../nbs/39c_drawing.ipynb #14
 def batch_sizes(n: int, batch_size: int, ends: Sequence[int] = ()) -> list[int]:
     "Return the sizes of the batches of `n` images; none goes beyond one of the `ends`."
     parts = pairwise([0, *ends, n])
@@ -134,7 +134,7 @@ class GrowingPictures(CachedPictures):
         "Return the indices of the images of batch `i`."
         return range(self.first[i], self.first[i + 1])
 
-# %% ../nbs/39c_drawing.ipynb #16
+# %% ../nbs/39c_drawing.ipynb #17
 def check_run(run: Path) -> None:
     "Raise `ValueError` where the folder of a run holds no model, or a `UNet` without the size of its images."
     folder = model_folder(run)
@@ -142,7 +142,7 @@ def check_run(run: Path) -> None:
         if path.is_file() and read_json(path).get("sample_size") is None:
             raise ValueError(f"run must hold a model of images of one size, but sample_size is not set in {path}")
 
-# %% ../nbs/39c_drawing.ipynb #19
+# %% ../nbs/39c_drawing.ipynb #20
 def guided(m: DDPM, scale: float | None) -> DDPM:
     "Return `m` with classifier-free guidance, its last label the null one; `m` itself where `scale` is None."
     if scale is None:
@@ -153,7 +153,7 @@ def guided(m: DDPM, scale: float | None) -> DDPM:
         raise ValueError(f"guidance must not be given for a network without classes, got {scale:g}")
     return classifier_free(m, scale, dict(class_labels=m.net.config["num_class_embeds"] - 1))
 
-# %% ../nbs/39c_drawing.ipynb #22
+
 @dataclass(frozen=True)
 class RunOptions(Command):
     "Options of `sample` and `evaluate`: the model, and how to draw from it."
@@ -168,6 +168,14 @@ class RunOptions(Command):
         super(RunOptions, replace(self, run_folder=find_model(folder) or folder)).run()
 
 
+def parts_folder(path: Path) -> Path:
+    "Return where the finished batches of a request for `path` lie; `ValueError` where a file is in the way."
+    parts = path.with_name(path.name + ".parts")
+    if parts.is_file():
+        raise ValueError(f"out must be another path: {parts}, the place of finished batches, is a file")
+    return parts
+
+# %% ../nbs/39c_drawing.ipynb #23
 @dataclass(frozen=True)
 class _SampleOptions(RunOptions):
     "Options of `sample`: how many images, of which classes, and where they go."
@@ -199,7 +207,7 @@ class _SampleOptions(RunOptions):
         known = classes if None in (classes, self.guidance) else classes - 1
         return parse_labels(self.labels, known, class_names(self.run_folder))
 
-# %% ../nbs/39c_drawing.ipynb #23
+# %% ../nbs/39c_drawing.ipynb #24
 @dataclass(frozen=True)
 class Sample(_SampleOptions):
     "Draw images from a trained model. After an interruption, the same command resumes."
@@ -216,9 +224,7 @@ class Sample(_SampleOptions):
         rows = len(labels or [0]) if (self.labels, self.guidance) != (None, None) else 1
         labels = labels and torch.tensor(labels, device="cpu").repeat(-(-self.n // len(labels)))[: self.n]
         self.check_every(edited.sampling.network_calls(m))
-        parts = path.with_name(path.name + ".parts")
-        if parts.is_file():
-            raise ValueError(f"out must be another path: {parts}, the place of finished batches, is a file")
+        parts = parts_folder(path)
         writable_folder(path if output == "png" else path.parent)
         cache = GrowingPictures(path, request) if output == "png" else CachedSamples(parts, request)
         edited.write(output, path, m, cache, labels, rows)
@@ -239,6 +245,5 @@ class Sample(_SampleOptions):
             frames = record_trajectory(draw, len(conds), self.every, calls)
             save_animation(path, frames)
             text = f"The sampling trajectory of {self.n} images, in {len(frames)} frames, is"
-        if self.edits.prompt is not None and not self.edits.prompt.strip():
-            text = f"The prompt is empty, so nothing guides them: {text}"
-        print_main(f"{text} in {printable(path)}.")
+        nothing = self.edits.prompt is not None and not self.edits.prompt.strip()
+        print_main(f"{'The prompt is empty, so nothing guides them: ' * nothing}{text} in {printable(path)}.")

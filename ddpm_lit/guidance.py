@@ -129,12 +129,6 @@ def check_null(config, null: dict) -> None:
             as_integer("null['class_labels']", null["class_labels"], 0, classes - 1)
 
 
-def null_tokens(net, null):
-    "Return `null` with each text in it as the tokens that the network makes of it."
-    rows = {name: [value] for name, value in null.items() if isinstance(value, str)} if isinstance(null, dict) else {}
-    return null | {name: value[0] for name, value in tokenize_texts(net, rows).items()} if rows else null
-
-
 def null_rows(name: str, null: float | Tensor, rows: Tensor) -> Tensor:
     "Return `null` for every row; `ValueError` unless it is one number or shaped like a row."
     if not isinstance(null, Tensor):
@@ -170,10 +164,17 @@ def classifier_free(m: DDPM, scale: float | Tensor, null: dict) -> DDPM:
     for ten classes: a number, a row or a text. Other keywords of a sampler's `cond` go to both. Scale 1 is the
     conditional model and 0 the unconditional one, bit for bit; others call the network once a step, with two rows for
     each image. `scale` is 1 + w of the paper; it may be (T,), a number for each timestep. A learned variance is not
-    guided: it is that of the condition. Raises `ValueError` for a `scale` that is not finite and a `null` that the network does not
-    know, and when called, for a `cond` without one of the guided keywords. Source: Ho & Salimans 2022, Eq. 6.
+    guided: it is that of the condition. Raises `ValueError` for a `scale` that is not finite and a `null` that the
+    network does not know, and when called, for a `cond` without one of the guided keywords. Source: Ho & Salimans
+    2022, Eq. 6.
     """
-    table, null = scale_table(scale, m.s.T), null_tokens(m.net, null)
+    table, null = scale_table(scale, m.s.T), _null_tokens(m.net, null)
     check_null(getattr(m.net, "config", None), null)
     single = None if torch.as_tensor(scale).ndim else float(scale)
     return m.with_net(_ClassifierFree(m, table, dict(null), single))
+
+
+def _null_tokens(net, null):
+    "Return `null` with each text in it as the tokens that the network makes of it."
+    rows = {name: [value] for name, value in null.items() if isinstance(value, str)} if isinstance(null, dict) else {}
+    return null | {name: value[0] for name, value in tokenize_texts(net, rows).items()} if rows else null

@@ -44,7 +44,7 @@ def _check_features(samples: Tensor, real: Tensor, k: int) -> None:
     if k < 1 or min(len(samples), len(real)) <= k:
         raise ValueError(f"k must be from 1 to less than the number of images, {len(samples)} and {len(real)}; got {k}")
 
-# %% ../nbs/17b_neighbours.ipynb #17
+# %% ../nbs/17b_neighbours.ipynb #18
 def density_coverage(*, samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 3) -> tuple[float, float]:
     """Return the density of `samples` among the real images, and the fraction of `real` that they cover.
 
@@ -66,7 +66,7 @@ def expected_coverage(n: int, m: int, k: int = 3) -> float:
         missed *= (m - 1 - j) / (m - 1 - j + n)
     return 1 - missed
 
-# %% ../nbs/17b_neighbours.ipynb #20
+# %% ../nbs/17b_neighbours.ipynb #21
 def _kernel_means(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, ""]:
     "Return the mean of (x·y / d + 1)³ over all pairs of different rows; x and y may be the same tensor."
     kernel = (x @ y.T / x.shape[1] + 1) ** 3
@@ -74,7 +74,7 @@ def _kernel_means(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Ten
         return kernel.mean()
     return (kernel.sum() - kernel.diagonal().sum()) / (len(x) * (len(x) - 1))
 
-# %% ../nbs/17b_neighbours.ipynb #21
+# %% ../nbs/17b_neighbours.ipynb #22
 def kernel_distance(
     *, samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], size: int = 1000, subsets: int = 100, generator=None
 ) -> tuple[float, float]:
@@ -95,7 +95,7 @@ def kernel_distance(
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
 
-# %% ../nbs/17b_neighbours.ipynb #25
+# %% ../nbs/17b_neighbours.ipynb #27
 def nearest_ratio(
     *, samples: Float[Tensor, "n d"], train: Float[Tensor, "m d"], held_out: Float[Tensor, "l d"] | None = None
 ) -> float:

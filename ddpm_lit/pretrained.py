@@ -264,7 +264,7 @@ def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
         check_config_of(net, json_config(unet), folder)
     return _fill(net, folder, unet.state_dict())
 
-
+# %% ../nbs/12_pretrained.ipynb #28
 def build_own(config: dict) -> nn.Module | None:
     "Return the network of a config.json if a class of this package with `from_config` can build it, else None."
     module, _, name = str(config.get("_class_name")).rpartition(".")
@@ -284,7 +284,7 @@ def _load_own(folder: Path, net: nn.Module | None) -> nn.Module:
     check_config_of(net, config.get("config", {}), folder)
     return _fill(net, path, read_tensors(path))
 
-# %% ../nbs/12_pretrained.ipynb #28
+# %% ../nbs/12_pretrained.ipynb #30
 def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
     """Read a DDPM: a folder, a model that ships with the package, or a Hub id; in eval mode; half precision as float32.
 
@@ -310,7 +310,7 @@ def load_ddpm(source, net: nn.Module | None = None) -> DDPM:
         m.image_shape = tuple(shape)
     return import_module("ddpm_lit.latent").add_autoencoder(m.eval(), folder)  # chapter 33: the look ahead
 
-# %% ../nbs/12_pretrained.ipynb #35
+# %% ../nbs/12_pretrained.ipynb #37
 def shipped_models() -> dict[str, Path]:
     "Return the folders of the models that ship with the package, by name: in the package, or beside it in a clone."
     package = Path(str(importlib.resources.files("ddpm_lit")))
@@ -329,7 +329,7 @@ def find_model(source) -> Path | None:
     warnings.warn(f"model {str(source)!r} is read as {chosen}, not {other}", stacklevel=3)
     return folder if mine else shipped
 
-# %% ../nbs/12_pretrained.ipynb #38
+# %% ../nbs/12_pretrained.ipynb #40
 def shipped_recipe(name: str) -> dict:
     "Return the recipe of a model that ships with the package: its settings, and what was measured."
     return read_json(shipped_models()[name] / "recipe.json")
@@ -360,7 +360,7 @@ class ResultTable:
             file.write("".join(json.dumps(line) + "\n" for line in [*first, row]))
         print(row, flush=True)
 
-# %% ../nbs/12_pretrained.ipynb #41
+# %% ../nbs/12_pretrained.ipynb #43
 def download_model(name: str) -> Path:
     "Return the local copy of the Hub model `name`, with the files that `load_ddpm` reads; else `ValueError`."
     with warnings.catch_warnings():
@@ -379,12 +379,12 @@ def download_model(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name!r} is not a folder, and cannot be downloaded from the Hub: {error}") from error
 
-# %% ../nbs/12_pretrained.ipynb #44
+# %% ../nbs/12_pretrained.ipynb #46
 def load_run(run: Path) -> DDPM:
     "Read the newest model in the folder of a run, or the model in the folder itself, onto the GPU where there is one."
     return DDPM.from_pretrained(model_folder(run)).to(this_process().device)
 
-# %% ../nbs/12_pretrained.ipynb #47
+# %% ../nbs/12_pretrained.ipynb #49
 class Trainable(nn.Module):
     "Base of a model other than `DDPM` that `Trainer` trains: a network with its own `objective(name)`; chapter 33."
 
@@ -409,7 +409,7 @@ class Trainable(nn.Module):
 
 Model = DDPM | Trainable
 
-# %% ../nbs/12_pretrained.ipynb #48
+# %% ../nbs/12_pretrained.ipynb #50
 def write_checkpoint(folder: Path, ema: Model, state: dict, metadata: dict) -> None:
     "Write the model `ema`, the other tensors of `state`, and `metadata` into a folder."
     from safetensors.torch import save_file
