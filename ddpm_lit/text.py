@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['TextUNet']
 
-# %% ../nbs/34_text.ipynb #7
+# %% ../nbs/34_text.ipynb #76e79b9b
 import copy
 import difflib
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 
 import torch
 from einops import rearrange, reduce
@@ -20,6 +19,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_lit.conditional import ConditionalUNet
 from ddpm_lit.forward import as_integer
 from ddpm_lit.images import Images
 from ddpm_lit.layers import zero_init
@@ -34,13 +34,11 @@ def split_words(text: str) -> list[str]:
         raise ValueError(f"caption must be a list of texts, got one of type {type(text).__name__}")
     return re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFKC", text).lower())
 
-# %% ../nbs/34_text.ipynb #8
+# %% ../nbs/34_text.ipynb #d08b40f0
 class Tokenizer:
-    """Words to integers: each of `words` is one token; any other is spelled in bytes if `spell` is set, else refused.
+    """Words to `length` integers: 0 pads, 1 starts; then 256 bytes, if others are spelled (`spell`); then the `words`.
 
-    Token 0 is padding, 1 starts every caption; then come the 256 bytes, if words are spelled, and then the `words`. A
-    spelled word begins with the byte of a space. A row has `length` tokens. Raises `ValueError` for words that are no
-    words, and for a text that holds an unknown one or is too long.
+    A spelled word begins with the byte of a space. `ValueError` for a wrong or unknown word, and for a long text.
     """
 
     def __init__(self, words: Sequence[str], length: int, spell: bool = False):
@@ -67,19 +65,19 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         "Return the normalised text of a row of tokens."
-        known = lambda i: f" {self.words[i - self.first]}".encode()  # noqa: E731
-        parts = (known(i) if i >= self.first else bytes([i - 2]) for i in tokens if i > START)
-        return b"".join(parts).decode("utf-8", "surrogatepass")[1:]
+        words = [
+            f" {self.words[i - self.first]}".encode() if i >= self.first else bytes([i - 2]) for i in tokens if i > 1
+        ]
+        return b"".join(words).decode("utf-8", "surrogatepass")[1:]
 
     def __call__(self, texts: Sequence[str]) -> Int64[Tensor, "n length"]:
         "Return the tokens of texts, a row each; `ValueError` for one that is too long."
         rows = [self.encode(text) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > self.length:
-                raise ValueError(f"caption must have at most {self.length - 1} tokens, got {len(row) - 1}: {text:.60}")
+        if (most := max(map(len, rows), default=0)) > self.length:
+            raise ValueError(f"caption must have at most {self.length - 1} tokens, got {most - 1}")
         return torch.tensor([row + [PADDING] * (self.length - len(row)) for row in rows]).reshape(-1, self.length)
 
-# %% ../nbs/34_text.ipynb #12
+# %% ../nbs/34_text.ipynb #532d6ef8
 class TextBlock(nn.Module):
     "One layer of a transformer: x + attention(norm(x)), then x + mlp(norm(x)); masked positions are attended by none."
 
@@ -100,7 +98,7 @@ class TextBlock(nn.Module):
         x = x + self.attend(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/34_text.ipynb #15
+# %% ../nbs/34_text.ipynb #59b91b3b
 class TextEncoder(nn.Module):
     """A transformer over tokens: a vector for each token, and their mean.
 
@@ -130,24 +128,9 @@ def pooled(states: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"]) -> Float[T
     inside = mask[..., None].to(states)
     return reduce(states * inside, "b n c -> b c", "sum") / reduce(inside, "b n 1 -> b 1", "sum")
 
-# %% ../nbs/34_text.ipynb #20
-def build_reader(width: int, unet: dict, generator: torch.Generator | None) -> nn.Module:
-    "Return the network that reads text vectors of `width`: with `cross_attention_dim` token by token, else pooled."
-    if "cross_attention_dim" not in unet:
-        return UNet(**unet | dict(class_embed_type="identity"), generator=generator)
-    kind = import_module("ddpm_lit.conditional").ConditionalUNet
-    return kind(**unet | dict(cross_attention_dim=width), generator=generator)
-
-# %% ../nbs/34_text.ipynb #21
-class TextUNet(nn.Module):
-    """A U-Net with a transformer that reads captions: `net(x_t, t, caption=None)`, of texts or of their tokens.
-
-    `words` are the vocabulary (see `Tokenizer` for `length` and `spell`), `width`, `layers` and `heads` the
-    transformer's; the other keywords are those of `UNet`, to whose time embedding the mean of the caption's vectors is
-    added, or with `cross_attention_dim` those of `ConditionalUNet`, which attends to every token. The text has no
-    influence at the start. "" and None are the null caption. `ValueError` for captions that cannot be read.
-    Source: Nichol et al. 2022 (GLIDE), section 2.3.
-    """
+# %% ../nbs/34_text.ipynb #ad509927
+class _TextNetwork(nn.Module):
+    "A transformer and the network that reads its vectors: pooled, or token by token, or both."
 
     def __init__(
         self, words: Sequence[str], *, length: int = 16, spell: bool = False, width: int = 64, layers: int = 2,
@@ -155,7 +138,11 @@ class TextUNet(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.tokenize = Tokenizer(words, length, spell)
-        self.unet = build_reader(width, unet, generator)
+        crossed = "cross_attention_dim" in unet
+        kind, changes = (
+            (ConditionalUNet, dict(cross_attention_dim=width)) if crossed else (UNet, dict(class_embed_type="identity"))
+        )
+        self.unet = kind(**unet | changes, generator=generator)
         self.encoder = TextEncoder(len(self.tokenize), length, width, layers, heads, generator)
         self.pools = self.unet.config.get("class_embed_type") == "identity"
         if self.pools:
@@ -180,6 +167,17 @@ class TextUNet(nn.Module):
             raise ValueError(f"caption must be {len(x_t)} texts, or rows of tokens, got shape {tuple(tokens.shape)}")
         return tokens.to(x_t.device)
 
+# %% ../nbs/34_text.ipynb #8998ee41
+class TextUNet(_TextNetwork):
+    """A U-Net with a transformer that reads captions: `net(x_t, t, caption=None)`, of texts or of their tokens.
+
+    `words` are the vocabulary (see `Tokenizer` for `length` and `spell`), `width`, `layers` and `heads` the
+    transformer's; the other keywords are those of `UNet`, to whose time embedding the mean of the caption's vectors is
+    added, or with `cross_attention_dim` those of `ConditionalUNet`, which attends to every token. The text has no
+    influence at the start. "" and None are the null caption. `ValueError` for captions that cannot be read.
+    Source: Nichol et al. 2022 (GLIDE), section 2.3.
+    """
+
     @classmethod
     def from_captions(cls, captions: Sequence[str], preset: str | None = None, least: int = 1, **config) -> "TextUNet":
         """Return a network whose words are those that occur at least `least` times in `captions`; others are spelled.
@@ -198,7 +196,7 @@ class TextUNet(nn.Module):
         "Build the network again from its `config`, as `DDPM.from_pretrained` does."
         return cls(**config)
 
-# %% ../nbs/34_text.ipynb #28
+# %% ../nbs/34_text.ipynb #bf8b1383
 def moments(pixels: UInt8[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:
     """Return ink and slant of each image: the mean brightness, and -M11 / M02, of brightness about its centre.
 
@@ -231,7 +229,7 @@ def parse_captions(captions: Sequence[str]) -> Int64[Tensor, "n 3"]:
         raise ValueError(f"captions must be such as {next(iter(table))!r}, got {unknown[0]!r}")
     return torch.stack([table[text] for text in captions])
 
-# %% ../nbs/34_text.ipynb #31
+# %% ../nbs/34_text.ipynb #d22013ad
 class Ruler:
     """Measures digits in words: thin, medium or bold; leaning left, upright or leaning right: terciles of each class.
 

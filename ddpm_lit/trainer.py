@@ -7,6 +7,7 @@ __all__ = ['TrainConfig', 'Trainer']
 
 # %% ../nbs/16_training.ipynb #3
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -382,7 +383,7 @@ class _Run(_TrainingState):
     def gradient(self, model: Callable, batches: Iterator) -> Float[Tensor, ""]:
         "Accumulate the gradient over the batches of a step; return the mean loss over them and over all processes."
         c, total = self.config, 0.0
-        for i, (x0, labels) in zip(range(c.accumulate), batches, strict=False):  # takes no batch too many
+        for i, (x0, labels) in enumerate(itertools.islice(batches, c.accumulate)):
             x0 = x0.contiguous(memory_format=torch.channels_last) if c.channels_last else x0
             if c.drop_labels > 0:
                 null = self.net.config["num_class_embeds"] - 1 if self.null is None else self.null
