@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint export notebooks ablation improved solvers guidance latent models mutants bench bench-gpu clean
+.PHONY: help install demo test quick lint export notebooks ablation improved solvers guidance latent models mutants bench bench-gpu book student clean
 
 help: ## list what make can do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -94,6 +94,12 @@ bench: build/peers ## time this package beside its peers on the CPU: 8 minutes o
 
 bench-gpu: build/peers ## the same on a GPU, CIFAR-10 at the paper's size: 10 minutes; ARGS=training for a part
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+book: install ## build the web book into build/book from the chapters as they are stored: half a minute
+	$(BIN)/python tools/book.py $(ARGS)
+
+student: install ## write the chapters with their exercises open into student/
+	$(BIN)/python tools/student.py $(ARGS)
 
 clean: ## remove builds and caches; .venv and what was trained stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/.ipynb_checkpoints

@@ -220,7 +220,7 @@ def exact_ddpm(
 
     return DDPM(net, s, predicts, variance, clip=False)
 
-# %% ../nbs/07_exact.ipynb #41
+# %% ../nbs/07_exact.ipynb #44
 @torch.no_grad()
 def error_floor(
     data: MixtureData, s: Schedule, n: int = 1000, generator: torch.Generator | None = None
@@ -233,7 +233,7 @@ def error_floor(
     eps = randn(x0.shape, x0, generator)
     return torch.stack([data.posterior(s, q_sample(s, x0, t, eps), t).mean_variance().mean() for t in range(s.T)])
 
-# %% ../nbs/07_exact.ipynb #50
+# %% ../nbs/07_exact.ipynb #53
 def expected_bound(
     data: MixtureData, s: Schedule, floor: Float64[Tensor, "T"], var: Float64[Tensor, "T"]
 ) -> Float64[Tensor, ""]:
