@@ -89,7 +89,7 @@ def check_trainable(net) -> None:
         if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"m.net must be float32 or float64 to be trained, got {p.dtype} at {name}")
 
-# %% ../nbs/04_reverse.ipynb #74735fec
+# %% ../nbs/04_reverse.ipynb #19
 def find_tokenize(net) -> Callable | None:
     "Return the method `tokenize` of a network, or of the one that it wraps as `net`; None if it reads no text."
     while net is not None and not hasattr(net, "tokenize"):
@@ -116,7 +116,7 @@ def caption_rows(net, images) -> tuple[Tensor, Tensor]:
         raise ValueError(f"images must have captions for a network that reads text, got {images!r}")
     return net.tokenize(captions), net.tokenize([""])[0]
 
-# %% ../nbs/04_reverse.ipynb #18
+# %% ../nbs/04_reverse.ipynb #21
 class _Network(nn.Module):
     "Network, schedule, kind of prediction, variance and clipping: the settings of a `DDPM`."
 
@@ -156,7 +156,7 @@ class _Network(nn.Module):
             raise ValueError(f"image_shape must be (channels, height, width), got {tuple(shape)}")
         self._shape = tuple(as_integer("image_shape", size, least=1) for size in shape)
 
-# %% ../nbs/04_reverse.ipynb #21
+# %% ../nbs/04_reverse.ipynb #24
 class _Complete(_Network):
     "A network whose `state_dict` says which model it belongs to."
 
@@ -186,7 +186,7 @@ class _Complete(_Network):
         state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())  # earlier ones hold no settings
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-# %% ../nbs/04_reverse.ipynb #24
+# %% ../nbs/04_reverse.ipynb #27
 class _Denoiser(_Complete):
     "A network whose output is read as a prediction of x_0, at every (x_t, t)."
 
@@ -219,7 +219,7 @@ class _Denoiser(_Complete):
         other._shape = self._shape
         return other.train(self.training)
 
-# %% ../nbs/04_reverse.ipynb #28
+# %% ../nbs/04_reverse.ipynb #31
 class DDPM(_Denoiser):
     """The reverse process p_theta(x_{t-1} | x_t): a network, a schedule, what it predicts and which variance.
 
@@ -255,7 +255,7 @@ class DDPM(_Denoiser):
         "Read a model from a folder or the Hub; pass a network that is no `UNet` as `net`. See `load_ddpm`."
         return import_module("ddpm_lit.pretrained").load_ddpm(source, net)
 
-# %% ../nbs/04_reverse.ipynb #36
+# %% ../nbs/04_reverse.ipynb #39
 def two_points(s: Schedule, a: float = 0.8) -> Callable:
     "Return the exact network for data whose entries are -a or +a with equal odds: it predicts E[x_0 | x_t]."
     return lambda x_t, t: a * torch.tanh(a * at(s.alpha_bar.sqrt() / (1 - s.alpha_bar), t, x_t) * x_t)
