@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inpaint']
 
-# %% ../nbs/35_glide.ipynb #0ad6d947
+# %% ../nbs/35_glide.ipynb #8
 import copy
 import itertools
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def given_known(data: MixtureData, known: Bool[Tensor, "d"], x: Float[Tensor, "d
     means = means[:, new] + einsum(gain, off, "k i j, k j -> k i")
     return MixtureData(weights.clamp(min=1e-300), means, (rest + rest.mT) / 2)
 
-# %% ../nbs/35_glide.ipynb #54ac56fc
+# %% ../nbs/35_glide.ipynb #11
 def renoise(x_s: Float[Tensor, "b ..."], a_s: Tensor, a_t: Tensor, generator: torch.Generator | None = None) -> Tensor:
     "Return `x_s`, at the level alpha_bar = `a_s`, noised up to the level `a_t`: a draw from q(x_t | x_s)."
     if not 0 <= a_t <= a_s <= 1:
@@ -54,7 +54,7 @@ def renoise(x_s: Float[Tensor, "b ..."], a_s: Tensor, a_t: Tensor, generator: to
     ratio = (a_t / a_s).to(x_s.device)
     return ratio.sqrt().to(x_s) * x_s + (1 - ratio).sqrt().to(x_s) * randn(x_s.shape, x_s, generator)
 
-# %% ../nbs/35_glide.ipynb #03e8c56b
+# %% ../nbs/35_glide.ipynb #15
 def check_edit(m: DDPM, image: Tensor, mask: Tensor | None, strength: float, resample: int) -> Tensor:
     "Return `mask` as booleans shaped like `image`; `ValueError`, naming the argument, for what does not fit."
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim < 2:
@@ -76,7 +76,7 @@ def reads_mask(net) -> bool:
         net = getattr(net, "net", None)
     return net is not None
 
-# %% ../nbs/35_glide.ipynb #17577fe1
+# %% ../nbs/35_glide.ipynb #16
 def inpaint(
     m: DDPM, image: Float[Tensor, "b ..."], mask: Tensor | None = None, *, strength: float = 1.0, resample: int = 1,
     sampler: str = "ancestral", steps: int | None = None, eta: float = 0.0, cond: dict | None = None,
@@ -113,7 +113,7 @@ def inpaint(
     plan = Plan(*(None if column is None else column[rows.to(column.device)] for column in plan))
     return run_plan(m, plan, x.to(x0), generator, cond, clip, progress, edit, len(x))
 
-# %% ../nbs/35_glide.ipynb #c5db5efd
+# %% ../nbs/35_glide.ipynb #23
 class InpaintNet(nn.Module):
     """A copy of `net` that also reads known pixels and a mask: `net(x_t, t, known=None, mask=None, **cond)`.
 
@@ -154,7 +154,7 @@ class InpaintNet(nn.Module):
             raise ValueError(f"net must be given for a network around {module}.{name}, which no file can build")
         return cls(getattr(import_module(module), name)(**config))
 
-# %% ../nbs/35_glide.ipynb #0b08bcc3
+# %% ../nbs/35_glide.ipynb #24
 def random_masks(n: int, h: int, w: int, generator: torch.Generator | None = None) -> Float[Tensor, "n 1 h w"]:
     "Return masks to train with: 1 inside a random rectangle, which in a fifth of them is the image, and 0 outside."
     device = None if generator is None else generator.device
@@ -166,13 +166,13 @@ def random_masks(n: int, h: int, w: int, generator: torch.Generator | None = Non
         masks = masks * ((place > low) & (place < high))
     return torch.where(u[4] < 0.2, 1.0, masks.float()).expand(n, 1, h, w)
 
-# %% ../nbs/35_glide.ipynb #ad9615d0
+# %% ../nbs/35_glide.ipynb #34
 def info_nce(pictures: Float[Tensor, "n d"], texts: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     "Return the symmetric InfoNCE loss of n pairs, in nats: `pictures[i]` belongs to `texts[i]`. Radford et al. 2021."
     scores, own = pictures @ texts.T, torch.arange(len(pictures), device=pictures.device)
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
-# %% ../nbs/35_glide.ipynb #0c8648c8
+# %% ../nbs/35_glide.ipynb #39
 class NoisedClip(nn.Module):
     """A CLIP for noisy pictures of `pixels` numbers: `clip(x_t, t, caption)` is the dot product of two vectors, (b,).
 
@@ -203,7 +203,7 @@ class NoisedClip(nn.Module):
     def forward(self, x_t: Float[Tensor, "b ..."], t, caption) -> Float[Tensor, "b"]:
         return einsum(self.pictures(x_t, t), self.texts(caption), "b d, b d -> b")
 
-# %% ../nbs/35_glide.ipynb #12c9074f
+# %% ../nbs/35_glide.ipynb #47
 def read_pictures(image: Path, mask: Path | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
     "Return a picture file in the range of networks, and its mask as booleans, white for True; both at `shape`."
     arrays = []
@@ -223,7 +223,7 @@ def read_pictures(image: Path, mask: Path | None, shape: tuple[int, int, int]) -
         raise ValueError(f"{printable(image)} must be grey for this model, which draws in one channel")
     return to_network(planes[0])[None], planes[1][:1][None] > 127 if mask is not None else None
 
-# %% ../nbs/35_glide.ipynb #6b523af0
+# %% ../nbs/35_glide.ipynb #49
 @dataclass(frozen=True)
 class EditedSampling(Sampling):
     "Settings for drawing by a prompt, and from a picture."
@@ -262,7 +262,7 @@ class EditedSampling(Sampling):
         with autocast(self.precision, m.device):
             return to_pixels(inpaint(m, image, mask, **options)).cpu()
 
-# %% ../nbs/35_glide.ipynb #3a3d484f
+# %% ../nbs/35_glide.ipynb #50
 @dataclass(frozen=True)
 class EditOptions:
     "Options of `sample`: a prompt, and a picture to begin with."

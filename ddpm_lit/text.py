@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextUNet']
 
-# %% ../nbs/34_text.ipynb #76e79b9b
+# %% ../nbs/34_text.ipynb #7
 import copy
 import difflib
 import re
@@ -34,12 +34,9 @@ def split_words(text: str) -> list[str]:
         raise ValueError(f"caption must be a list of texts, got one of type {type(text).__name__}")
     return re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFKC", text).lower())
 
-# %% ../nbs/34_text.ipynb #d08b40f0
+# %% ../nbs/34_text.ipynb #8
 class Tokenizer:
-    """Words to `length` integers: 0 pads, 1 starts; then 256 bytes, if others are spelled (`spell`); then the `words`.
-
-    A spelled word begins with the byte of a space. `ValueError` for a wrong or unknown word, and for a long text.
-    """
+    "Words to `length` integers: 0 pads, 1 starts; 256 bytes follow, if unknown words are spelled; then the `words`."
 
     def __init__(self, words: Sequence[str], length: int, spell: bool = False):
         self.words, self.length, self.spell = list(words), as_integer("length", length, 1), bool(spell)
@@ -77,7 +74,7 @@ class Tokenizer:
             raise ValueError(f"caption must have at most {self.length - 1} tokens, got {most - 1}")
         return torch.tensor([row + [PADDING] * (self.length - len(row)) for row in rows]).reshape(-1, self.length)
 
-# %% ../nbs/34_text.ipynb #532d6ef8
+# %% ../nbs/34_text.ipynb #12
 class TextBlock(nn.Module):
     "One layer of a transformer: x + attention(norm(x)), then x + mlp(norm(x)); masked positions are attended by none."
 
@@ -98,7 +95,7 @@ class TextBlock(nn.Module):
         x = x + self.attend(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/34_text.ipynb #59b91b3b
+# %% ../nbs/34_text.ipynb #15
 class TextEncoder(nn.Module):
     """A transformer over tokens: a vector for each token, and their mean.
 
@@ -128,7 +125,7 @@ def pooled(states: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"]) -> Float[T
     inside = mask[..., None].to(states)
     return reduce(states * inside, "b n c -> b c", "sum") / reduce(inside, "b n 1 -> b 1", "sum")
 
-# %% ../nbs/34_text.ipynb #ad509927
+# %% ../nbs/34_text.ipynb #21
 class _TextNetwork(nn.Module):
     "A transformer and the network that reads its vectors: pooled, or token by token, or both."
 
@@ -167,7 +164,7 @@ class _TextNetwork(nn.Module):
             raise ValueError(f"caption must be {len(x_t)} texts, or rows of tokens, got shape {tuple(tokens.shape)}")
         return tokens.to(x_t.device)
 
-# %% ../nbs/34_text.ipynb #8998ee41
+# %% ../nbs/34_text.ipynb #22
 class TextUNet(_TextNetwork):
     """A U-Net with a transformer that reads captions: `net(x_t, t, caption=None)`, of texts or of their tokens.
 
@@ -196,7 +193,7 @@ class TextUNet(_TextNetwork):
         "Build the network again from its `config`, as `DDPM.from_pretrained` does."
         return cls(**config)
 
-# %% ../nbs/34_text.ipynb #bf8b1383
+# %% ../nbs/34_text.ipynb #29
 def moments(pixels: UInt8[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:
     """Return ink and slant of each image: the mean brightness, and -M11 / M02, of brightness about its centre.
 
@@ -229,7 +226,7 @@ def parse_captions(captions: Sequence[str]) -> Int64[Tensor, "n 3"]:
         raise ValueError(f"captions must be such as {next(iter(table))!r}, got {unknown[0]!r}")
     return torch.stack([table[text] for text in captions])
 
-# %% ../nbs/34_text.ipynb #d22013ad
+# %% ../nbs/34_text.ipynb #32
 class Ruler:
     """Measures digits in words: thin, medium or bold; leaning left, upright or leaning right: terciles of each class.
 
