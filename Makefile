@@ -77,8 +77,21 @@ define as_program
 	cd nbs && TABLE=1 MPLBACKEND=agg ../$(BIN)/python ../build/$(1).py
 endef
 
-models: install ## train the small models that ship with the package, where models/ lacks one: ARGS=digits for one
-	OMP_NUM_THREADS=1 $(BIN)/python tools/models.py $(ARGS)
+MODELS := digits digits-labels digits-improved digits-captions digits-inpaint mnist5k-autoencoder emoji-autoencoder
+
+models: $(patsubst %,models/%/recipe.json,$(or $(ARGS),$(MODELS))) ## train the models that ship with the package, where models/ lacks one: ARGS=digits for one
+
+models/digits-captions/recipe.json: | install
+	$(call as_program,34_text)
+
+models/digits-inpaint/recipe.json: | install
+	$(call as_program,35_glide)
+
+models/%-autoencoder/recipe.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python tools/autoencoders.py $*-autoencoder
+
+models/%/recipe.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python tools/models.py $*
 
 mutants: install ## change one symbol of an exported cell at a time, and list the changes that nobody notices: ten minutes
 	$(BIN)/python tools/mutants.py $(ARGS)
