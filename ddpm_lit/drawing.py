@@ -167,7 +167,7 @@ class RunOptions(Command):
         folder = expand_paths(self).run_folder
         super(RunOptions, replace(self, run_folder=find_model(folder) or folder)).run()
 
-
+# %% ../nbs/39c_drawing.ipynb #0e429a99
 @dataclass(frozen=True)
 class _SampleOptions(RunOptions):
     "Options of `sample`: how many images, of which classes, and where they go."
@@ -193,13 +193,18 @@ class _SampleOptions(RunOptions):
         if self.every is not None and not 1 <= self.every <= steps:
             raise ValueError(f"every must be from 1 to the number of steps, {steps}; got {self.every}")
 
+    def describe(self) -> str:
+        "Return how many images are drawn, and that an empty prompt is no condition."
+        empty = self.edits.prompt is not None and not self.edits.prompt.strip()
+        return f"{self.n} images" + (", without a condition since the prompt is empty," if empty else "") + " are"
+
     def label_list(self, m: DDPM) -> list[int] | None:
         "Return the labels to draw: by default all, but the null label only without guidance; None without classes."
         classes = m.net.config["num_class_embeds"]
         known = classes if None in (classes, self.guidance) else classes - 1
         return parse_labels(self.labels, known, class_names(self.run_folder))
 
-# %% ../nbs/39c_drawing.ipynb #23
+# %% ../nbs/39c_drawing.ipynb #4477f5ab
 @dataclass(frozen=True)
 class Sample(_SampleOptions):
     "Draw images from a trained model. After an interruption, the same command resumes."
@@ -211,13 +216,12 @@ class Sample(_SampleOptions):
         m = guided(load_run(self.run_folder), self.guidance)
         request = sampling_request(self.sampling, m, self.run_folder, self.n, self.batch_size) | self.edits.request()
         edited = replace(self, sampling=self.edits.sampling(self.sampling))
-        chosen = dict(labels=(labels := self.label_list(m)), guidance=self.guidance)
-        request |= {name: value for name, value in chosen.items() if value is not None}
+        labels = self.label_list(m)
+        request |= {k: v for k, v in dict(labels=labels, guidance=self.guidance).items() if v is not None}
         rows = len(labels or [0]) if (self.labels, self.guidance) != (None, None) else 1
         labels = labels and torch.tensor(labels, device="cpu").repeat(-(-self.n // len(labels)))[: self.n]
         self.check_every(edited.sampling.network_calls(m))
-        parts = path.with_name(path.name + ".parts")
-        if parts.is_file():
+        if (parts := path.with_name(path.name + ".parts")).is_file():
             raise ValueError(f"out must be another path: {parts}, the place of finished batches, is a file")
         writable_folder(path if output == "png" else path.parent)
         cache = GrowingPictures(path, request) if output == "png" else CachedSamples(parts, request)
@@ -225,7 +229,7 @@ class Sample(_SampleOptions):
 
     def write(self, output: str, path: Path, m: DDPM, cache: CachedSamples, labels: torch.Tensor | None, rows: int):
         "Draw what `cache` lacks, and write `path`; a grid has a row for each of `rows` labels."
-        text = f"{self.n} images are"
+        text = self.describe()
         if output != "animation":
             draw_batches(self.sampling, m, cache, labels)
             with note_cached(cache):
@@ -239,6 +243,4 @@ class Sample(_SampleOptions):
             frames = record_trajectory(draw, len(conds), self.every, calls)
             save_animation(path, frames)
             text = f"The sampling trajectory of {self.n} images, in {len(frames)} frames, is"
-        if self.edits.prompt is not None and not self.edits.prompt.strip():
-            text = f"The prompt is empty, so nothing guides them: {text}"
         print_main(f"{text} in {printable(path)}.")
