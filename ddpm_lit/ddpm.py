@@ -227,7 +227,7 @@ class DDPM(_Denoiser):
     output is: "eps", "x0", "mean" (of the posterior) or "v". `variance` is "beta", "beta_tilde" or "learned"; for the
     last the network returns twice the channels, and the second half interpolates between the other two, in the log.
     `clip`: whether the predicted x_0 is clipped to [-1, 1], unless a call overrides it. `cond` are tensors with one row
-    per image, or texts if the network reads them. A `state_dict` holds all of this. Raises `ValueError` for other names.
+    per image, or texts if the network reads them. A `state_dict` holds all this. Raises `ValueError` for other names.
     Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, Eq. 15.
     """
 
