@@ -1,5 +1,6 @@
 """Packaging of ddpm_lit: everything that varies is read from settings.ini."""
 
+import re
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -21,8 +22,17 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-names = ("notebooks", "data", "tracking", "emoji", "book", "dev")
-extras = {name: cfg[f"{name}_requirements"].split() for name in names}
+
+def description() -> str:
+    "Return the README with absolute links, as a package index needs them."
+    raw = cfg["git_url"].replace("github.com", "raw.githubusercontent.com") + f"/{cfg['branch']}/"
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{raw}", text)
+    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https?:|#)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/", text)
+
+
+names = ("notebooks", "data", "tracking", "emoji", "stable-diffusion", "book", "dev")
+extras = {name: cfg[f"{name.replace('-', '_')}_requirements"].split() for name in names}
 extras["dev"] = sorted({r for requirements in extras.values() for r in requirements})
 extras["bench"] = cfg["bench_requirements"].split()  # apart: one of the peers asks for torchvision
 
@@ -30,7 +40,7 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=description(),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],

@@ -269,7 +269,8 @@ class PromptEncoder:
         try:
             from transformers import CLIPTextModel, CLIPTokenizer
         except ImportError as error:
-            raise ImportError("the text encoder of a pipeline needs transformers: pip install transformers") from error
+            message = "the text encoder of a pipeline needs transformers: pip install 'ddpm_lit[stable-diffusion]'"
+            raise ImportError(message) from error
         try:
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
             encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)

@@ -105,9 +105,10 @@ def test_the_metadata_is_that_of_the_settings(built):
     needs = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     plain = {str(need) for need in needs if need.marker is None}
     assert plain == {str(Requirement(text)) for text in cfg["requirements"].split()}
-    for extra in ("notebooks", "data", "dev"):
+    for extra in ("notebooks", "data", "emoji", "stable-diffusion", "book", "dev"):
         there = {need.name for need in needs if need.marker and need.marker.evaluate({"extra": extra})}
-        assert {Requirement(text).name for text in cfg[f"{extra}_requirements"].split()} <= there, extra
+        listed = cfg[f"{extra.replace('-', '_')}_requirements"].split()
+        assert {Requirement(text).name for text in listed} <= there, extra
     (scripts,) = (data for name, data in contents(built["wheel"]).items() if name.endswith("/entry_points.txt"))
     assert "ddpm_lit = ddpm_lit.cli:main" in scripts.decode()
 
@@ -115,7 +116,12 @@ def test_the_metadata_is_that_of_the_settings(built):
 def test_every_import_of_the_library_is_a_requirement():
     cfg, homes = settings(), packages_distributions()
     allowed = {canonicalize_name(Requirement(text).name) for text in cfg["requirements"].split()}
-    optional = {canonicalize_name(Requirement(text).name) for text in cfg["data_requirements"].split()}
+    homes_of = dict(data={"sources.py", "images.py"}, emoji={"emoji.py"}, stable_diffusion={"latent.py"})
+    optional = {
+        canonicalize_name(Requirement(text).name): homes
+        for extra, homes in homes_of.items()
+        for text in cfg[f"{extra}_requirements"].split()
+    }
     found = {}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -124,8 +130,8 @@ def test_every_import_of_the_library_is_a_requirement():
             found.update({name.split(".")[0]: path.name for name in names})
     outside = {k: v for k, v in found.items() if k not in sys.stdlib_module_names | {"ddpm_lit"}}
     needed = {canonicalize_name(homes.get(name, [name])[0]): (name, file) for name, file in outside.items()}
-    assert {d: where for d, where in needed.items() if d not in allowed | optional} == {}
-    assert {d for d in needed if d in optional and needed[d][1] not in ("sources.py", "images.py")} == set()
+    assert {d: where for d, where in needed.items() if d not in allowed | optional.keys()} == {}
+    assert {d for d in needed if d in optional and needed[d][1] not in optional[d]} == set()
     assert allowed - set(needed) == set(), "required and nowhere imported"
 
 
@@ -134,7 +140,7 @@ def test_every_requirement_is_pinned_within_its_range():
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert len(pins) == len(lines) and not any("+" in version for version in pins.values())
     cfg = settings()
-    for extra in ("", "notebooks_", "data_", "dev_"):
+    for extra in ("", "notebooks_", "data_", "emoji_", "stable_diffusion_", "book_", "dev_"):
         for text in cfg[f"{extra}requirements"].split():
             need = Requirement(text)
             if need.name not in ("setuptools", "wheel"):

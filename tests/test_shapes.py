@@ -291,6 +291,26 @@ def calls(d: Names, folder: Path) -> None:
     lm.text_encoder = lambda texts, device: torch.zeros(len(texts), 3, 4)
     lm.prompts(["a", "b"]), lm.objective(), d.PromptEncoder(folder)
 
+    # 34 captions and a network that reads them, 35 pictures completed, CLIP; tables and models of the package
+    words = ("a thin zero leaning left", "a bold nine upright")
+    captioned, x = d.Images(digits.pixels[:2], digits.labels[:2], captions=words), d.to_network(digits.pixels[:2])
+    reads = d.TextUNet.from_captions(words, "digits", block_out_channels=(8, 16))
+    reads.tokenize.decode(reads.tokenize.encode(words[0])), d.caption_rows(reads, captioned)
+    by_words = d.DDPM(reads, d.linear_schedule(20), "v")
+    by_words.save_pretrained(folder / "text"), d.DDPM.from_pretrained(folder / "text")
+    ruler = d.Ruler(digits)
+    ruler.agreement(captioned.pixels, ruler.captions(digits)[:2])
+    seeing, mask = d.DDPM(d.InpaintNet(reads), by_words.s, "v"), d.random_masks(2, 8, 8)
+    seeing.save_pretrained(folder / "seeing"), d.DDPM.from_pretrained(folder / "seeing")
+    d.inpaint(seeing, x, mask, steps=2, resample=2), d.reads_mask(seeing.net)
+    d.given_known(d.MixtureData([1.0], [[0.0, 1.0]], 0.1), torch.tensor([True, False]), torch.zeros(2))
+    d.info_nce(x.flatten(1), x.flatten(1)), d.NoisedClip(["a"], 4, 64)(x, torch.zeros(2, dtype=torch.int64), ["a", "a"])
+    d.save_grid(folder / "one.png", captioned.pixels[:1], columns=1)
+    edited = d.EditedSampling(steps=2, prompt=words[0], picture=folder / "one.png", progress=False, sampler="ddim")
+    edited.draw(by_words, 2), edited.network_calls(by_words)
+    d.ResultTable(str(folder / "table.jsonl")).add(a=1), d.ResultTable(str(folder / "table.jsonl")).rows(a=1)
+    d.shipped_recipe("digits")
+
     # 39 options, 40 the command line: every command of it
     from ddpm_lit.cli import SafeStream, main
 
