@@ -68,3 +68,23 @@ class OwnNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.last(torch.relu(self.first(x_t) + self.time(t)[:, :, None, None]))
+
+
+def importance_steps(rank: int, processes: int):
+    "Return the losses of five steps of the importance-sampled bound, of one process of several, and its history."
+    from ddpm_lit.improved import ImportanceBound
+
+    loss, draws = ImportanceBound(4, size=3), rng(7)
+    m = tiny_model(linear_schedule(4, 1e-3, 0.2), variance="learned")
+    batches = [torch.randint(256, (8, 1, 8, 8), generator=rng(seed)).float() / 127.5 - 1 for seed in range(5)]
+    parts = [x0.split(8 // processes)[rank] for x0 in batches]
+    return [loss(m, x0, draws, (rank, processes)).item() for x0 in parts], loss.state_dict()
+
+
+def train_autoencoder(out, batch_size: int) -> int:
+    "Train an autoencoder of digits for three steps on the command line; return the exit code."
+    from ddpm_lit.cli import main
+
+    words = ["train-autoencoder", "--data", "digits", "--widths", "8", "8", "--groups", "4", "--steps", "3"]
+    words += ["--warmup", "0", "--no-progress", "--track", "none", "--batch-size", str(batch_size), "--out", str(out)]
+    return main(words)

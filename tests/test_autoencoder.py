@@ -1,8 +1,6 @@
 """The autoencoder: the same numbers as diffusers' with the same weights, and every misuse refused in one line."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -196,21 +194,3 @@ def test_one_line_for_each_misuse(tmp_path, capsys, words, message):
 
 def test_the_defaults_of_the_command_are_a_configuration():
     assert isinstance(TrainAutoencoder(UncheckedTrainConfig()).model((3, 32, 32)), Autoencoder)
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_two_processes_train_what_one_does(tmp_path):
-    from ddpm_lit.cli import main
-
-    words = ["train-autoencoder", "--data", "digits", "--widths", "8", "8", "--groups", "4", "--steps", "3"]
-    words += ["--warmup", "0", "--no-progress", "--track", "none"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ddpm_lit"]
-    done = subprocess.run(
-        [*two, *words, "--batch-size", "4", "--out", str(tmp_path / "two")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert main([*words, "--batch-size", "8", "--out", str(tmp_path / "one")]) == 0
-    one, two = (Autoencoder.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)

@@ -1,9 +1,6 @@
 """The hybrid loss and importance sampling against the formulas of the published implementation, written anew; runs."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -191,39 +188,6 @@ def test_terms_that_are_all_zero_are_drawn_evenly():
     history = TermHistory(3, size=1)
     history.add(torch.arange(3), torch.zeros(3).double())
     assert history.probabilities().tolist() == [1 / 3] * 3
-
-
-def importance_steps(rank: int, processes: int):
-    "Return the losses of five steps of one of the processes, and what it remembers."
-    loss, draws, m = ImportanceBound(4, size=3), rng(7), learner(4)
-    parts = [images(8, seed).split(8 // processes)[rank] for seed in range(5)]
-    return [loss(m, x0, draws, (rank, processes)).item() for x0 in parts], loss.state_dict()
-
-
-TOGETHER = """
-import torch
-from ddpm_lit.processes import make_accelerator
-from test_improved import importance_steps
-rank = make_accelerator().process_index
-torch.save(importance_steps(rank, 2), f"{rank}.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_two_processes_have_one_history(tmp_path):
-    (tmp_path / "together.py").write_text(TOGETHER)
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "together.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
-    losses, state = importance_steps(0, 1)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for step in range(5):
-        assert (results[0][0][step] + results[1][0][step]) / 2 == pytest.approx(losses[step], rel=1e-4)
-    for _, remembered in results:
-        assert torch.equal(remembered["counts"], state["counts"])
-        torch.testing.assert_close(remembered["terms"], state["terms"], rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ runs

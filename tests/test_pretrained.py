@@ -633,7 +633,7 @@ def test_double_precision_is_kept_and_shared_weights_are_written(tmp_path):
 def test_a_model_of_the_package_is_small_and_says_how_it_was_made(name):
     folder, recipe = shipped_models()[name], shipped_recipe(name)
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 8e6
-    assert {"command", "seed", "commit", "seconds", "machine", "metrics"} <= recipe.keys() and name in recipe["command"]
+    assert {"command", "seed", "seconds", "machine"} <= recipe.keys() and name in recipe["command"]
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: ") and recipe["command"] in card
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles import importance_steps, train_autoencoder
 from torch import nn
 
 import ddpm_lit.processes as processes
+from ddpm_lit.autoencoder import Autoencoder
 from ddpm_lit.processes import (
     Borrowed,
     TrainingLog,
@@ -262,6 +264,11 @@ for failing in (0, 1):
     except OSError as error:
         assert "the file could not be written" in str(error)
 print_main("once")
+from pathlib import Path
+from doubles import importance_steps, train_autoencoder
+here = Path(__file__).parent
+torch.save(importance_steps(rank, 2), here / f"importance{rank}.pt")
+assert train_autoencoder(here / "two", 4) == 0
 """
 
 
@@ -271,6 +278,19 @@ def test_two_processes_exchange_what_they_have(tmp_path):
     (tmp_path / "together.py").write_text(TOGETHER)
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "together.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("once") == 1
+    # the history of drawing t by importance is one for both processes
+    losses, state = importance_steps(0, 1)
+    results = [torch.load(tmp_path / f"importance{rank}.pt") for rank in (0, 1)]
+    for step in range(5):
+        assert (results[0][0][step] + results[1][0][step]) / 2 == pytest.approx(losses[step], rel=1e-4)
+    for _, remembered in results:
+        assert torch.equal(remembered["counts"], state["counts"])
+        torch.testing.assert_close(remembered["terms"], state["terms"], rtol=1e-4, atol=1e-6)
+    # and two processes train the autoencoder that one trains
+    assert train_autoencoder(tmp_path / "one", 8) == 0
+    one, two = (Autoencoder.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
