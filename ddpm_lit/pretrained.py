@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib.resources
+import importlib.util
 import itertools
 import json
 import re
@@ -268,7 +269,8 @@ def _fill_like_unet(net: nn.Module, folder: Path) -> nn.Module:
 def build_own(config: dict) -> nn.Module | None:
     "Return the network of a config.json if a class of this package with `from_config` can build it, else None."
     module, _, name = str(config.get("_class_name")).rpartition(".")
-    kind = getattr(import_module(module), name, None) if re.fullmatch(r"ddpm_lit\.[a-z_]+", module) else None
+    ours = re.fullmatch(r"ddpm_lit\.[a-z_]+", module) and importlib.util.find_spec(module)
+    kind = getattr(import_module(module), name, None) if ours else None
     return kind.from_config(config["config"]) if hasattr(kind, "from_config") else None
 
 
